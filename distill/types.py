@@ -39,6 +39,11 @@ class Batch:
     null: Cond
     noise: Tensor | None = None
 
+    def __len__(self) -> int:
+        """Samples in the batch."""
+        tensors = [self.x0, self.noise, *self.cond.values()]
+        return next(len(tensor) for tensor in tensors if tensor is not None)
+
 
 @dataclass(frozen=True)
 class DataSpec:

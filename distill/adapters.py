@@ -1,0 +1,47 @@
+"""Extra inputs to an existing network. Here: a scalar added to its time embedding, zero at first."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.types import Time
+
+
+def sinusoid(value: Time, dimension: int) -> Tensor:
+    """Sines then cosines of ``value`` ``(b,)`` at frequencies ``10000^(-j / (dimension/2 - 1))``: ``(b, dimension)``."""
+    half = dimension // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=value.device) / (half - 1))
+    angles = value.float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class ScalarInput(nn.Module):
+    """One more scalar in a network's time embedding: ``embedding += W sinusoid(1000 (value - origin))``, W zero at first.
+
+    The embedding of the guidance scale in latent consistency models (Luo et al. 2310.04378, as in diffusers' training script;
+    Meng et al. 2210.03142 embed it alike), but with a zero-initialised ``W``, so that the student starts as its teacher.
+
+    Args:
+        embedding: the module whose output ``(b, width)`` is the time embedding; it is hooked, its keys do not change.
+        width: size of the embedding.
+        origin: the value that is embedded as 0 (1 for a guidance scale: LCM embeds ``scale - 1``).
+        dimension: number of sines and cosines.
+    """
+
+    def __init__(self, embedding: nn.Module, width: int, origin: float = 0.0, dimension: int = 256):
+        super().__init__()
+        self.origin, self.dimension = origin, dimension
+        self.projection = nn.Linear(dimension, width, bias=False)
+        nn.init.zeros_(self.projection.weight)
+        self.value: Time | None = None
+        # A bound method, not a closure: a deep copy of the network then hooks the copy's own scalar input.
+        embedding.register_forward_hook(self._add)
+
+    def _add(self, module: nn.Module, inputs: Any, embedding: Tensor) -> Tensor:
+        if self.value is None:
+            raise ValueError("The network has an extra scalar input and was called without a value for it.")
+        return embedding + self.projection(sinusoid(1000 * (self.value - self.origin), self.dimension)).to(embedding.dtype)

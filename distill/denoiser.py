@@ -1,0 +1,170 @@
+"""Denoisers: a network, its schedule and what it predicts, behind one call ``(x_t, t, cond) -> x0``; and frozen networks.
+
+Whatever the network predicts, ``x0 = skip(t) x_t + out(t) F(scale(t) x_t, t)``: the three numbers of each prediction type are in
+`coefficients`, and everything else follows from them.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from distill.schedules import NoiseSchedule, per_sample
+from distill.types import Cond, Sample, Time
+
+Prediction = Literal["x0", "eps", "v", "flow", "edm"]
+
+
+def coefficients(prediction: Prediction, alpha: Tensor, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``(scale, skip, out)`` with ``x0 = skip x + out F(scale x)``, each of the shape of ``alpha`` and ``sigma``.
+
+    - ``x0``: F is the clean sample; ``eps``: the noise (Ho et al. 2006.11239).
+    - ``v``: ``alpha eps - sigma x0`` (Salimans & Ho 2202.00512), here for any ``alpha^2 + sigma^2``.
+    - ``flow``: ``eps - x0`` (Liu et al. 2209.03003; Lipman et al. 2210.02747).
+    - ``edm``: EDM's preconditioned F (Karras et al. 2206.00364, table 1), written without dividing by ``alpha``.
+    """
+    one = torch.ones_like(alpha)
+    if prediction == "x0":
+        return one, torch.zeros_like(alpha), one
+    if prediction == "eps":
+        return one, 1 / alpha, -sigma / alpha
+    if prediction == "v":
+        norm = alpha**2 + sigma**2
+        return one, alpha / norm, -sigma / norm
+    if prediction == "flow":
+        return one, 1 / (alpha + sigma), -sigma / (alpha + sigma)
+    if prediction == "edm":
+        variance = sigma**2 + (alpha * sigma_data) ** 2
+        return variance.rsqrt(), alpha * sigma_data**2 / variance, sigma * sigma_data * variance.rsqrt()
+    raise ValueError(f"prediction={prediction!r}: give one of 'x0', 'eps', 'v', 'flow', 'edm'.")
+
+
+class Denoiser(nn.Module, ABC):
+    """Estimates the clean sample: ``denoiser(x, t, cond) -> x0``.
+
+    Attributes:
+        schedule: the schedule in which ``x`` and ``t`` are given.
+        shape: shape of one sample, ``(c, h, w)``, or None if any will do.
+        num_classes: number of classes that ``cond["labels"]`` may name (the null class comes after them), or None.
+    """
+
+    schedule: NoiseSchedule
+    shape: tuple[int, ...] | None = None
+    num_classes: int | None = None
+
+    @abstractmethod
+    def forward(self, x: Sample, t: Time, cond: Cond, r: Time | None = None) -> Sample:
+        """``x0`` in float32 (float64 if ``x`` is), for ``x`` ``(b, *shape)`` at times ``t`` ``(b,)``.
+
+        ``r`` ``(b,)`` is the second time of networks that jump from ``t`` to ``r``; others must not be given one.
+        """
+
+    def under(self, schedule: NoiseSchedule) -> Denoiser:
+        """The same denoiser in another schedule: times and inputs are mapped by equal noise-to-signal ratio.
+
+        Noise levels beyond this denoiser's own schedule are taken to its end points, its inputs keep the scale that it
+        expects there.
+        """
+        return self if schedule is self.schedule else ScheduleView(self, schedule)
+
+
+class NetworkDenoiser(Denoiser):
+    """A raw network with its schedule and prediction type.
+
+    Args:
+        network: called as ``network(x, time, cond, r) -> F``; may carry ``shape`` and ``num_classes``.
+        schedule: the schedule on which the network is, or will be, trained.
+        prediction: what the network predicts: x0, eps, v, flow or edm.
+        sigma_data: standard deviation of the data, used by ``edm``.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        prediction: Prediction = "flow",
+        sigma_data: float = 0.5,
+    ):
+        super().__init__()
+        self.network, self.schedule, self.prediction, self.sigma_data = network, schedule, prediction, sigma_data
+        self.shape, self.num_classes = getattr(network, "shape", None), getattr(network, "num_classes", None)
+
+    def coefficients(self, t: Time) -> tuple[Time, Time, Time]:
+        """``(scale, skip, out)`` at ``t``, float64 ``(b,)``."""
+        wide = t.double()
+        return coefficients(self.prediction, self.schedule.alpha(wide), self.schedule.sigma(wide), self.sigma_data)
+
+    def raw(self, x: Sample, t: Time, cond: Cond, r: Time | None = None) -> Sample:
+        """What the network itself predicts at ``x``, ``(b, *shape)``, in float32 or ``x``'s own wider type."""
+        scale = self.coefficients(t)[0]
+        r_time = None if r is None else self.schedule.network_time(r)
+        value = self.network(_times(scale, x), self.schedule.network_time(t), cond, r_time)
+        return value.to(torch.promote_types(x.dtype, torch.float32))
+
+    def raw_target(self, x0: Sample, eps: Sample, t: Time) -> Sample:
+        """What `raw` should be at ``x_t = alpha x0 + sigma eps``: its squared error is the usual loss of the prediction type."""
+        _, skip, out = self.coefficients(t)
+        alpha, sigma = self.schedule.alpha(t.double()), self.schedule.sigma(t.double())
+        return _times((1 - skip * alpha) / out, x0) - _times(skip * sigma / out, eps)
+
+    def forward(self, x: Sample, t: Time, cond: Cond, r: Time | None = None) -> Sample:
+        _, skip, out = self.coefficients(t)
+        value = self.raw(x, t, cond, r)
+        return _times(skip, x.to(value.dtype)) + _times(out, value)
+
+
+class ScheduleView(Denoiser):
+    """A denoiser seen under another schedule; see `Denoiser.under`."""
+
+    def __init__(self, base: Denoiser, schedule: NoiseSchedule):
+        super().__init__()
+        self.base, self.schedule = base, schedule
+        self.shape, self.num_classes = base.shape, base.num_classes
+
+    def forward(self, x: Sample, t: Time, cond: Cond, r: Time | None = None) -> Sample:
+        own = self.base.schedule
+        wide = own.time_of_angle(self.schedule.angle(t))
+        ratio = own.scale(wide) / self.schedule.scale(t.double())
+        own_r = None if r is None else own.time_of_angle(self.schedule.angle(r)).to(r.dtype)
+        return self.base(_times(ratio, x), wide.to(t.dtype), cond, own_r)
+
+    def under(self, schedule: NoiseSchedule) -> Denoiser:
+        return self.base.under(schedule)
+
+
+def _times(factor: Time, x: Sample) -> Sample:
+    """``factor`` ``(b,)``, of any precision, times ``x``, in the precision of ``x``."""
+    return per_sample(factor.to(x.dtype), x) * x
+
+
+class Frozen(nn.Module):
+    """Holds a network that is never trained and never saved.
+
+    It is always in evaluation mode, is not seen by ``parameters()``, ``state_dict()``, DDP or ``deepcopy`` (copies share it),
+    and still moves to a device and a precision with its owner.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        # Past nn.Module's own __setattr__, which would register it.
+        object.__setattr__(self, "module", module.eval().requires_grad_(False))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
+        self.module._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
+        return Frozen(self.module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def trainable_copy(module: nn.Module) -> Any:
+    """A copy of ``module`` with parameters of its own that are all trained: how a student starts from its teacher."""
+    return copy.deepcopy(module).requires_grad_(True).train()

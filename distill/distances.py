@@ -1,0 +1,103 @@
+"""Distances between samples: each gives one number a sample, ``(b, *shape), (b, *shape) -> (b,)``, differentiable in both."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from distill.denoiser import Frozen
+from distill.types import PerSample, Sample
+
+
+class Distance(nn.Module):
+    """A distance between two batches of samples."""
+
+    @abstractmethod
+    def forward(self, a: Sample, b: Sample) -> PerSample:
+        """Distances ``(b,)``, at least 0."""
+
+
+class SquaredDistance(Distance):
+    """Mean of the squared differences of a sample's elements."""
+
+    def forward(self, a: Sample, b: Sample) -> PerSample:
+        return (a - b).square().flatten(1).mean(1)
+
+
+class PseudoHuber(Distance):
+    """``sqrt(|d|^2 + c^2) - c`` of the whole sample (``vector``), or the mean of the same over its elements (``element``).
+
+    The two forms are not interchangeable: c belongs to its form. Improved consistency training uses the vector form with
+    ``c = 0.00054 sqrt(D)`` for D elements (2310.14189, section 3.3); latent consistency models the element form with c = 0.001.
+
+    Args:
+        c: > 0 in the units of the sample, or None for ``0.00054 sqrt(D)``.
+        form: ``vector`` or ``element``.
+    """
+
+    def __init__(self, c: float | None = None, form: Literal["vector", "element"] = "vector"):
+        super().__init__()
+        if c is not None and c <= 0:
+            raise ValueError(f"c={c}: give a positive number (1e-8 for the plain norm), or null for 0.00054 sqrt(D).")
+        self.c, self.form = c, form
+
+    def forward(self, a: Sample, b: Sample) -> PerSample:
+        squares = (a - b).square().flatten(1)
+        c = 0.00054 * squares.shape[1] ** 0.5 if self.c is None else self.c
+        if self.form == "vector":
+            return (squares.sum(1) + c**2).sqrt() - c
+        return ((squares + c**2).sqrt() - c).mean(1)
+
+
+class LPIPS(Distance):
+    """Learned perceptual distance (Zhang et al. 1801.03924) by the lpips package, on images in [-1, 1].
+
+    One-channel images are repeated to three, and images below 224 pixels are enlarged to it bilinearly, as consistency
+    models do (2303.01469, appendix C).
+
+    Args:
+        weights: file of the torchvision backbone's state dict (``vgg16-397923af.pth`` for ``vgg``); the linear heads come
+            with the lpips package. Nothing is downloaded.
+        net: ``vgg``, ``alex`` or ``squeeze``; must be the backbone of ``weights``.
+        size: images smaller than this are enlarged to it.
+
+    Raises:
+        FileNotFoundError: if ``weights`` is not there.
+    """
+
+    def __init__(self, weights: str, net: Literal["vgg", "alex", "squeeze"] = "vgg", size: int = 224):
+        super().__init__()
+        if not Path(weights).is_file():
+            raise FileNotFoundError(
+                f"distance.weights={weights!r} does not exist: save torchvision's state dict of the {net} backbone there "
+                "(torchvision.models names the file and its address)."
+            )
+        import lpips
+
+        model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+        self._load_backbone(model.net, torch.load(weights, map_location="cpu", weights_only=True))
+        self.model, self.size = Frozen(model), size
+
+    @staticmethod
+    def _load_backbone(backbone: nn.Module, state: dict[str, torch.Tensor]) -> None:
+        """torchvision's ``features.N.*`` into the package's slices, which keep torchvision's numbers."""
+        features = {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")}
+        wanted = {key.split(".", 1)[1]: key for key in backbone.state_dict() if key.startswith("slice")}
+        missing = sorted(set(wanted) - set(features))
+        if missing:
+            raise ValueError(f"distance.weights lacks {missing[:3]}: it is not the state dict of the backbone distance.net names.")
+        backbone.load_state_dict({own: features[name] for name, own in wanted.items()})
+
+    def _prepare(self, x: Sample) -> Sample:
+        x = x.float().repeat(1, 3, 1, 1) if x.shape[1] == 1 else x.float()
+        if min(x.shape[-2:]) >= self.size:
+            return x
+        return torch.nn.functional.interpolate(x, (self.size, self.size), mode="bilinear", antialias=False)
+
+    def forward(self, a: Sample, b: Sample) -> PerSample:
+        with torch.autocast(a.device.type, enabled=False):
+            return self.model(self._prepare(a), self._prepare(b)).flatten()

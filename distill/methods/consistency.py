@@ -1,0 +1,149 @@
+"""Consistency distillation and training (Song et al. 2303.01469, algorithms 2 and 3) and what differs from them by parts.
+
+    L = E w(t, u) d( f(x_t, t), sg f^-(x_u, u) ),   x_t = alpha_t x0 + sigma_t eps,   u < t,   x0, x_t, x_u: (b, *shape), t, u: (b,)
+
+x_u is one step of an ODE solver from x_t along the teacher (distillation) or ``alpha_u x0 + sigma_u eps`` with the same eps
+(training, the limit of that step when the teacher is exact). f^- is the student itself without gradient, or an average of it.
+f and f^- draw the same dropout masks. Where u is the end of the schedule the target is x_u itself: f's boundary condition.
+
+By parts: CD; CT; improved CT (2310.14189: doubling curriculum, log-normal pairs, pseudo-Huber, inverse-gap weight); ECT
+(2406.14548: `RatioPairs` from a diffusion checkpoint); latent consistency (2310.04378: skipped steps, a guidance scale drawn for
+each sample, followed by the teacher and read by the student through an extra time input).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from distill.boundary import Boundary, ConsistencyFunction, NoBoundary
+from distill.denoiser import Denoiser, NetworkDenoiser, trainable_copy
+from distill.distances import Distance
+from distill.ema import EMA, Averaging
+from distill.evaluation import Evaluation
+from distill.guidance import ClassifierFreeGuidance, GuidanceRule
+from distill.methods.base import Method
+from distill.optimization import Optimization
+from distill.schedules import NoiseSchedule
+from distill.solvers import Solver
+from distill.times import ConstantWeight, TimePairs, Weight
+from distill.types import Batch, Cond, Losses, Sample, Time
+
+
+class Consistency(Method):
+    """Teaches a student to map every point of a trajectory to its origin.
+
+    Args:
+        pairs: law of the pairs ``(t, u)``.
+        distance: d.
+        student: the denoiser inside f; None starts from a copy of the teacher.
+        teacher: needed if ``solver`` is given.
+        solver: the teacher's step from t to u; None is consistency training.
+        schedule: in which the method works; None is the student's own.
+        boundary: how f is made of the student.
+        weight: w(t, u).
+        target: averaging of f^-; None for the student's present weights.
+        guidance: the teacher's rule.
+        guidance_range: ``(low, high)`` of a guidance scale (1 is none) drawn for each sample instead, which the student reads.
+        optimization, evaluation: see `Method`.
+    """
+
+    def __init__(
+        self,
+        pairs: TimePairs,
+        distance: Distance,
+        optimization: Optimization,
+        evaluation: Evaluation,
+        student: Denoiser | None = None,
+        teacher: Denoiser | None = None,
+        solver: Solver | None = None,
+        schedule: NoiseSchedule | None = None,
+        boundary: Boundary | None = None,
+        weight: Weight | None = None,
+        target: Averaging | None = None,
+        guidance: GuidanceRule | None = None,
+        guidance_range: tuple[float, float] | None = None,
+    ):
+        if teacher is None and (solver is not None or student is None):
+            raise ValueError("model.teacher is missing: give it, or set model.solver to null and give model.student.")
+        student = trainable_copy(teacher) if student is None else student
+        if guidance_range is not None:
+            _read_guidance(student, guidance_range, guidance, solver)
+        super().__init__(student, teacher, guidance, optimization, evaluation)
+        self.pairs, self.distance, self.solver = pairs, distance, solver
+        self.schedule = self.student.schedule if schedule is None else schedule
+        self.boundary, self.weight = boundary or NoBoundary(), weight or ConstantWeight()
+        self.guidance_range = guidance_range
+        self.target = None if target is None else EMA(self.student, target)
+        if self.target is not None:
+            self.target.module.train()
+
+    def generator(self, student: Denoiser) -> Denoiser:
+        return ConsistencyFunction(student.under(self.schedule), self.boundary)
+
+    def losses(self, batch: Batch) -> Losses:
+        assert batch.x0 is not None
+        schedule, x0 = self.schedule, batch.x0
+        t, u = self.pairs.sample(len(x0), self.global_step, schedule, x0.device)
+        end = u <= schedule.t_min
+        eps = torch.randn_like(x0) if batch.noise is None else batch.noise
+        x_t = schedule.add_noise(x0, eps, t)
+        cond, rule = self.draw_guidance(batch.cond)
+        with torch.no_grad():
+            if self.solver is None:
+                x_u = schedule.add_noise(x0, eps, u)
+            else:
+                x_u = self.teacher_step(self.solver, rule, x_t, t, u, cond, batch.null)
+            self.seed_draws("network")
+            target = self.generator(self.student if self.target is None else self.target.module)(x_u, u, cond)
+            target = torch.where(end.reshape(-1, *[1] * (x0.dim() - 1)), x_u, target)
+        self.seed_draws("network")
+        prediction = self.generator(self.student)(x_t, t, cond)
+        distances = self.distance(prediction, target)
+        return {"loss": (self.weight(schedule, t, u) * distances).mean(), "distance": distances.mean()}
+
+    def draw_guidance(self, cond: Cond) -> tuple[Cond, GuidanceRule | None]:
+        """The student's conditions and the teacher's rule, with a guidance scale drawn for each sample if one is to be."""
+        if self.guidance_range is None:
+            return cond, self.guidance
+        low, high = self.guidance_range
+        rows = next(iter(cond.values()))
+        scale = low + (high - low) * torch.rand(len(rows), device=rows.device)
+        return {**cond, "guidance": scale}, ClassifierFreeGuidance(scale)
+
+    def teacher_step(
+        self, solver: Solver, rule: GuidanceRule | None, x_t: Sample, t: Time, u: Time, cond: Cond, null: Cond
+    ) -> Sample:
+        """The teacher's estimate of ``x_u`` on the trajectory through ``x_t``."""
+        teacher = self.teacher.under(self.schedule)
+        teacher = teacher if rule is None else rule(teacher, null)
+        return solver.step(teacher, x_t, t, u, cond)
+
+    def guided_generator(
+        self, generator: Denoiser, cond: Cond, null: Cond, guidance: float | None
+    ) -> tuple[Denoiser, Cond]:
+        """A student that reads the guidance scale is given it (the middle of its range by default), in one evaluation."""
+        if self.guidance_range is None:
+            return super().guided_generator(generator, cond, null, guidance)
+        scale = sum(self.guidance_range) / 2 if guidance is None else guidance
+        rows = next(iter(cond.values()))
+        return generator, {**cond, "guidance": torch.full((len(rows),), scale, device=rows.device)}
+
+    def after_student_step(self, step: int, images: int, skipped: torch.Tensor) -> None:
+        super().after_student_step(step, images, skipped)
+        if self.target is not None:
+            self.target.update(self.student, step, images, skipped)
+
+
+def _read_guidance(
+    student: Denoiser, scales: tuple[float, float], guidance: GuidanceRule | None, solver: Solver | None
+) -> None:
+    """Gives the student its extra input; refuses settings that contradict a drawn guidance scale."""
+    if not 0 <= scales[0] < scales[1]:
+        raise ValueError(f"guidance_range={scales}: give 0 <= low < high, in the convention where 1 is no guidance.")
+    if guidance is not None:
+        raise ValueError("guidance and guidance_range are both set: leave one of them null.")
+    if solver is None:
+        raise ValueError(f"guidance_range={scales} guides the teacher's step, but solver is null: set solver, DDIM for example.")
+    if not isinstance(student, NetworkDenoiser) or not hasattr(student.network, "add_scalar_input"):
+        raise ValueError(f"guidance_range={scales}: the student's network cannot take an extra scalar input.")
+    student.network.add_scalar_input("guidance")

@@ -1,0 +1,64 @@
+"""Denoising and flow-matching training of a teacher (Ho et al. 2006.11239; Karras et al. 2206.00364; Lipman et al. 2210.02747).
+
+    L = E_{x0, eps, t} w(t) |F(x_t, t, c) - F*|^2 / D,   x_t = alpha_t x0 + sigma_t eps,   x0, eps: (b, *shape), t: (b,)
+
+F is the network's own output, F* what it should be (`NetworkDenoiser.raw_target`): the noise, v, eps - x0, or EDM's F, whose
+plain squared error is EDM's weighted loss. Times follow a law of their own. With probability ``null_probability`` a sample's
+conditions are replaced by the null conditions, so that classifier-free guidance is possible (Ho & Salimans 2207.12598).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from distill.denoiser import NetworkDenoiser
+from distill.evaluation import Evaluation
+from distill.methods.base import Method
+from distill.optimization import Optimization
+from distill.schedules import per_sample
+from distill.times import ConstantWeight, TimeDistribution, Weight
+from distill.types import Batch, Cond, Losses
+
+
+class DenoisingTraining(Method):
+    """Trains a denoiser from data.
+
+    Args:
+        student: the denoiser; its schedule and prediction type are what it is trained in.
+        times: law of the training times.
+        weight: w(t).
+        null_probability: in [0, 1), share of samples trained without their conditions.
+        optimization, evaluation: see `Method`.
+    """
+
+    def __init__(
+        self,
+        student: NetworkDenoiser,
+        times: TimeDistribution,
+        optimization: Optimization,
+        evaluation: Evaluation,
+        weight: Weight | None = None,
+        null_probability: float = 0.1,
+    ):
+        super().__init__(student, None, None, optimization, evaluation)
+        if not 0 <= null_probability < 1:
+            raise ValueError(f"null_probability={null_probability}: give a share in [0, 1).")
+        self.times, self.weight, self.null_probability = times, weight or ConstantWeight(), null_probability
+
+    def losses(self, batch: Batch) -> Losses:
+        assert batch.x0 is not None
+        schedule, x0 = self.student.schedule, batch.x0
+        t = self.times.sample(len(x0), schedule, x0.device)
+        eps = torch.randn_like(x0) if batch.noise is None else batch.noise
+        cond = self.drop(batch.cond, batch.null)
+        raw = self.student.raw(schedule.add_noise(x0, eps, t), t, cond)
+        errors = (raw - self.student.raw_target(x0, eps, t)).square().flatten(1).mean(1)
+        return {"loss": (self.weight(schedule, t, torch.full_like(t, schedule.t_min)) * errors).mean()}
+
+    def drop(self, cond: Cond, null: Cond) -> Cond:
+        """``cond`` with a random share of its rows replaced by those of ``null``."""
+        if not cond or self.null_probability == 0:
+            return cond
+        rows = next(iter(cond.values()))
+        dropped = torch.rand(len(rows), device=rows.device) < self.null_probability
+        return {key: torch.where(per_sample(dropped, value), null[key], value) for key, value in cond.items()}

@@ -1,0 +1,162 @@
+"""Samplers: few-step generation built of denoiser calls and solver steps, ``sampler(denoiser, noise, cond, steps) -> x0``.
+
+Sample i depends on its own noise alone: `SeededNoise` draws it from (seed, i), on the CPU, whatever the batch or the process.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+
+from distill.denoiser import Denoiser
+from distill.schedules import per_sample
+from distill.solvers import Solver
+from distill.times import Grid
+from distill.types import Cond, Sample, Time
+
+FreshNoise = Callable[[Sample], Sample]
+"""``fresh(x)`` is unit noise like ``x``: where a sampler that re-noises takes it from."""
+
+
+class SeededNoise:
+    """Unit noise for numbered samples: the k-th draw of sample i depends on (seed, i, k) and on nothing else.
+
+    Args:
+        seed: seed of the whole set, 0 or more.
+        indices: numbers of the samples, one a row.
+        shape: shape of one sample.
+    """
+
+    def __init__(self, seed: int, indices: Sequence[int], shape: Sequence[int]):
+        if seed < 0:
+            raise ValueError(f"seed={seed}: give 0 or a positive number.")
+        self.shape = tuple(shape)
+        # 2^32 samples a seed; the generator's own seeding spreads neighbouring seeds.
+        self.generators = [torch.Generator().manual_seed((seed << 32) + int(index)) for index in indices]
+
+    def draw(self, device: torch.device | None = None) -> Sample:
+        """The next draw of every sample, ``(len(indices), *shape)`` float32."""
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(device)
+
+    def __call__(self, like: Sample) -> Sample:
+        return self.draw(like.device).to(like.dtype)
+
+
+class Sampler(ABC):
+    """Turns unit noise into samples."""
+
+    @abstractmethod
+    def __call__(
+        self, denoiser: Denoiser, noise: Sample, cond: Cond, steps: int, fresh: FreshNoise = torch.randn_like
+    ) -> Sample:
+        """``x0`` ``(b, *shape)`` from unit ``noise`` in ``steps`` >= 1 steps; ``fresh`` supplies any further noise."""
+
+
+def _all(time: Time, x: Sample) -> Time:
+    """One time for the whole batch. (``repeat``, not ``expand``: an expanded time breaks forward-mode differentiation.)"""
+    return time.to(x).repeat(len(x))
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps={steps}: give at least one step.")
+
+
+class OdeSampler(Sampler):
+    """Follows the probability-flow ODE from ``t_max`` over the points of a grid; the last step is the denoiser itself.
+
+    That last step is Euler's to zero noise, so ``steps`` of a one-evaluation solver are ``steps`` evaluations, and Heun's
+    are ``2 steps - 1`` (Karras et al. 2206.00364).
+    """
+
+    def __init__(self, solver: Solver, grid: Grid):
+        self.solver, self.grid = solver, grid
+
+    def __call__(
+        self, denoiser: Denoiser, noise: Sample, cond: Cond, steps: int, fresh: FreshNoise = torch.randn_like
+    ) -> Sample:
+        _check_steps(steps)
+        times = self.grid.times(denoiser.schedule, steps)
+        x, memory = denoiser.schedule.prior_scale * noise, None
+        for t, s in zip(times[:-1], times[1:], strict=True):
+            x, memory = self.solver.advance(denoiser, x, _all(t, x), _all(s, x), cond, memory)
+        return denoiser(x, _all(times[-1], x), cond)
+
+
+class RenoiseSampler(Sampler):
+    """Consistency models' multi-step sampling: denoise, add fresh noise of a lower level, denoise (2303.01469, algorithm 1).
+
+    Args:
+        grid: where the times lie if ``times`` does not say.
+        times: times by number of steps, noisiest first, in the denoiser's schedule, for example ``{2: [80, 0.821]}``.
+        clip: bound on ``|x0|`` after each call, as in the paper's pixel models; None for none.
+    """
+
+    def __init__(self, grid: Grid, times: dict[int, list[float]] | None = None, clip: float | None = None):
+        for steps, values in (times or {}).items():
+            if len(values) != steps or sorted(values, reverse=True) != values:
+                raise ValueError(f"times[{steps}]={values}: give {steps} decreasing times.")
+        self.grid, self.times, self.clip = grid, times or {}, clip
+
+    def __call__(
+        self, denoiser: Denoiser, noise: Sample, cond: Cond, steps: int, fresh: FreshNoise = torch.randn_like
+    ) -> Sample:
+        _check_steps(steps)
+        schedule = denoiser.schedule
+        if steps in self.times:
+            times = torch.tensor(self.times[steps], dtype=torch.float64)
+        else:
+            times = self.grid.times(schedule, steps)
+        x = schedule.prior_scale * noise
+        for step, time in enumerate(times):
+            if step > 0:
+                x = schedule.add_noise(x, fresh(x), _all(time, x))
+            x = denoiser(x, _all(time, x), cond)
+            x = x if self.clip is None else x.clamp(-self.clip, self.clip)
+        return x
+
+
+class JumpSampler(Sampler):
+    """Jumps of a student with a second time: ``x_s = alpha_s x0(x_t, t, s) + sigma_s eps``, down a grid.
+
+    With ``gamma`` > 0 the jump goes lower, to noise-to-signal ratio ``sqrt(1 - gamma^2)`` of the next, and fresh noise makes
+    up the rest: CTM's gamma-sampling (Kim et al. 2310.02279, algorithm 2). 0 is deterministic, 1 re-noises entirely.
+
+    Args:
+        grid: the times at which the jumps start.
+        gamma: in [0, 1].
+    """
+
+    def __init__(self, grid: Grid, gamma: float = 0.0):
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma={gamma}: give a number in [0, 1].")
+        self.grid, self.gamma = grid, gamma
+
+    def __call__(
+        self, denoiser: Denoiser, noise: Sample, cond: Cond, steps: int, fresh: FreshNoise = torch.randn_like
+    ) -> Sample:
+        _check_steps(steps)
+        schedule = denoiser.schedule
+        times = self.grid.times(schedule, steps)
+        end = times.new_tensor([schedule.t_min])
+        x = schedule.prior_scale * noise
+        for t, s in zip(times, torch.cat([times[1:], end]), strict=True):
+            last = bool(s == schedule.t_min)
+            low = s if last else schedule.time_of_nsr((1 - self.gamma**2) ** 0.5 * schedule.nsr(s))
+            x0 = denoiser(x, _all(t, x), cond, _all(low, x))
+            if last:
+                return x0
+            x = schedule.add_noise(x0, schedule.eps(x, x0, _all(t, x)), _all(low, x))
+            x = self._add_the_rest(x, denoiser, low, s, fresh)
+        return x
+
+    def _add_the_rest(self, x: Sample, denoiser: Denoiser, low: Time, s: Time, fresh: FreshNoise) -> Sample:
+        """From ``x_low`` to ``x_s``: scale the signal and add what is missing of the noise's variance."""
+        if self.gamma == 0:
+            return x
+        schedule = denoiser.schedule
+        signal = schedule.alpha(s) / schedule.alpha(low)
+        missing = (schedule.sigma(s) ** 2 - (signal * schedule.sigma(low)) ** 2).clamp(min=0).sqrt()
+        return per_sample(_all(signal, x), x) * x + per_sample(_all(missing, x), x) * fresh(x)
