@@ -45,15 +45,17 @@ class KarrasBoundary(Boundary):
 
     def coefficients(self, schedule: NoiseSchedule, t: Time) -> tuple[Time, Time]:
         wide = t.double()
-        level, least = schedule.nsr(wide), schedule.nsr(torch.full_like(wide, schedule.t_min))
-        out = 1 - least / level
-        variance = self.sigma_data**2
-        skip = variance / ((level - least) ** 2 + variance) - out * variance / (level**2 + variance)
-        return skip / schedule.alpha(wide), out
+        alpha, sigma, variance = schedule.alpha(wide), schedule.sigma(wide), self.sigma_data**2
+        # The formula with numerators and denominators multiplied by alpha, which vanishes at a flow's noise end; where sigma
+        # vanishes there is no least noise either, and D alone is the limit.
+        above = sigma - schedule.nsr(torch.full_like(wide, schedule.t_min)) * alpha
+        out = torch.where(sigma > 0, above / sigma, 1.0)
+        signal = variance * alpha**2
+        return variance * alpha * (1 / (above**2 + signal) - out / (sigma**2 + signal)), out
 
 
 class ScaledBoundary(Boundary):
-    """Latent consistency models': ``skip = sigma_data^2 / ((a t)^2 + sigma_data^2)``, ``out = a t / sqrt((a t)^2 + sigma_data^2)``.
+    """Latent consistency models': ``skip = sigma_data^2 / ((a t)^2 + sigma_data^2)``, ``out = a t / sqrt(...)`` of the same.
 
     t is the DDPM index (Luo et al. 2310.04378, as in diffusers' training script: ``out`` has no factor sigma_data).
 

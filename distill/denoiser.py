@@ -1,15 +1,13 @@
 """Denoisers: a network, its schedule and what it predicts, behind one call ``(x_t, t, cond) -> x0``; and frozen networks.
 
 Whatever the network predicts, ``x0 = skip(t) x_t + out(t) F(scale(t) x_t, t)``: the three numbers of each prediction type are in
-`coefficients`, and everything else follows from them.
+`coefficients`, what F is trained to be in `target_coefficients`, and everything else follows from them.
 """
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +40,15 @@ def coefficients(prediction: Prediction, alpha: Tensor, sigma: Tensor, sigma_dat
         variance = sigma**2 + (alpha * sigma_data) ** 2
         return variance.rsqrt(), alpha * sigma_data**2 / variance, sigma * sigma_data * variance.rsqrt()
     raise ValueError(f"prediction={prediction!r}: give one of 'x0', 'eps', 'v', 'flow', 'edm'.")
+
+
+def target_coefficients(prediction: Prediction, alpha: Tensor, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+    """``(a, b)`` such that F should be ``a x0 + b eps``: `coefficients` solved for F, finite where ``sigma`` is 0 too."""
+    one = torch.ones_like(alpha)
+    if prediction == "edm":
+        root = (sigma**2 + (alpha * sigma_data) ** 2).sqrt()
+        return sigma / (sigma_data * root), -alpha * sigma_data / root
+    return {"x0": (one, 0 * one), "eps": (0 * one, one), "v": (-sigma, alpha), "flow": (-one, one)}[prediction]
 
 
 class Denoiser(nn.Module, ABC):
@@ -107,10 +114,11 @@ class NetworkDenoiser(Denoiser):
         return value.to(torch.promote_types(x.dtype, torch.float32))
 
     def raw_target(self, x0: Sample, eps: Sample, t: Time) -> Sample:
-        """What `raw` should be at ``x_t = alpha x0 + sigma eps``: its squared error is the usual loss of the prediction type."""
-        _, skip, out = self.coefficients(t)
-        alpha, sigma = self.schedule.alpha(t.double()), self.schedule.sigma(t.double())
-        return _times((1 - skip * alpha) / out, x0) - _times(skip * sigma / out, eps)
+        """What `raw` should be at ``x_t = alpha x0 + sigma eps``: its squared error is the usual loss of its kind."""
+        wide = t.double()
+        alpha, sigma = self.schedule.alpha(wide), self.schedule.sigma(wide)
+        of_x0, of_eps = target_coefficients(self.prediction, alpha, sigma, self.sigma_data)
+        return _times(of_x0, x0) + _times(of_eps, eps)
 
     def forward(self, x: Sample, t: Time, cond: Cond, r: Time | None = None) -> Sample:
         _, skip, out = self.coefficients(t)
@@ -140,31 +148,3 @@ class ScheduleView(Denoiser):
 def _times(factor: Time, x: Sample) -> Sample:
     """``factor`` ``(b,)``, of any precision, times ``x``, in the precision of ``x``."""
     return per_sample(factor.to(x.dtype), x) * x
-
-
-class Frozen(nn.Module):
-    """Holds a network that is never trained and never saved.
-
-    It is always in evaluation mode, is not seen by ``parameters()``, ``state_dict()``, DDP or ``deepcopy`` (copies share it),
-    and still moves to a device and a precision with its owner.
-    """
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        # Past nn.Module's own __setattr__, which would register it.
-        object.__setattr__(self, "module", module.eval().requires_grad_(False))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
-        self.module._apply(fn)
-        return super()._apply(fn, recurse)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
-        return Frozen(self.module)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
-
-
-def trainable_copy(module: nn.Module) -> Any:
-    """A copy of ``module`` with parameters of its own that are all trained: how a student starts from its teacher."""
-    return copy.deepcopy(module).requires_grad_(True).train()

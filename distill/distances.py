@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from distill.denoiser import Frozen
+from distill.frozen import Frozen
 from distill.types import PerSample, Sample
 
 
@@ -83,16 +83,17 @@ class LPIPS(Distance):
         self.model, self.size = Frozen(model), size
 
     @staticmethod
-    def _load_backbone(backbone: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    def _load_backbone(backbone: nn.Module, state: dict[str, Tensor]) -> None:
         """torchvision's ``features.N.*`` into the package's slices, which keep torchvision's numbers."""
         features = {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")}
         wanted = {key.split(".", 1)[1]: key for key in backbone.state_dict() if key.startswith("slice")}
         missing = sorted(set(wanted) - set(features))
         if missing:
-            raise ValueError(f"distance.weights lacks {missing[:3]}: it is not the state dict of the backbone distance.net names.")
+            raise ValueError(f"distance.weights lacks {missing[:3]}: give the state dict of the backbone that distance.net names.")
         backbone.load_state_dict({own: features[name] for name, own in wanted.items()})
 
-    def _prepare(self, x: Sample) -> Sample:
+    def _prepare(self, x: Sample) -> Tensor:
+        """Three channels, at least ``size`` pixels high and wide, float32."""
         x = x.float().repeat(1, 3, 1, 1) if x.shape[1] == 1 else x.float()
         if min(x.shape[-2:]) >= self.size:
             return x

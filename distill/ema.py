@@ -86,6 +86,8 @@ class EMA(nn.Module):
         averaging: the decay of each update.
     """
 
+    module: Any
+
     def __init__(self, module: nn.Module, averaging: Averaging):
         super().__init__()
         shared = {id(parameter): parameter for parameter in module.parameters() if not parameter.requires_grad}

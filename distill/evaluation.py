@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from jsonargparse import lazy_instance
 from torchmetrics import Metric
 
 from distill.samplers import OdeSampler, RenoiseSampler, Sampler
-from distill.solvers import Heun
-from distill.times import UniformGrid
+
+# Written as a config writes them, so that a saved config can spell the defaults out.
+UNIFORM = {"class_path": "distill.times.UniformGrid"}
+HEUN = {"class_path": "distill.solvers.Heun"}
 
 
 @dataclass
@@ -24,9 +27,9 @@ class Evaluation:
         seed: seed of the samples that are drawn in validation.
     """
 
-    sampler: Sampler = field(default_factory=lambda: RenoiseSampler(UniformGrid()))
+    sampler: Sampler = field(default_factory=lambda: lazy_instance(RenoiseSampler, grid=UNIFORM))
     steps: list[int] = field(default_factory=lambda: [1, 2, 4])
-    teacher_sampler: Sampler = field(default_factory=lambda: OdeSampler(Heun(), UniformGrid()))
+    teacher_sampler: Sampler = field(default_factory=lambda: lazy_instance(OdeSampler, solver=HEUN, grid=UNIFORM))
     teacher_steps: int = 32
     metrics: list[Metric] = field(default_factory=list)
     seed: int = 0

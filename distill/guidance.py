@@ -43,7 +43,7 @@ class ClassifierFreeGuidance(GuidanceRule):
     def __post_init__(self) -> None:
         if self.sigma_low is not None and self.sigma_high is not None and self.sigma_low >= self.sigma_high:
             raise ValueError(
-                f"sigma_low={self.sigma_low} and sigma_high={self.sigma_high}: the interval is empty; give sigma_low < sigma_high."
+                f"sigma_low={self.sigma_low} and sigma_high={self.sigma_high}: an empty interval; give sigma_low < sigma_high."
             )
 
     def __call__(self, denoiser: Denoiser, null: Cond) -> Denoiser:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from jsonargparse import lazy_instance
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -78,7 +79,7 @@ class Optimization:
     learning_rate: LearningRate = field(default_factory=LearningRate)
     gradient_clip_norm: float | None = 1.0
     accumulate_batches: int = 1
-    averaging: Averaging = field(default_factory=DecayAveraging)
+    averaging: Averaging = field(default_factory=lambda: lazy_instance(DecayAveraging))
     max_skipped: int = 20
 
     def __post_init__(self) -> None:
@@ -90,7 +91,7 @@ class Optimization:
             raise ValueError(f"max_skipped={self.max_skipped}: give at least 1.")
 
 
-def clip_gradients(parameters: list[Tensor], max_norm: float | None) -> Tensor:
+def clip_gradients(parameters: Sequence[Tensor], max_norm: float | None) -> Tensor:
     """Clips the gradients to ``max_norm`` if it is given; returns their norm before, a scalar tensor."""
     if max_norm is not None:
         return nn.utils.clip_grad_norm_(parameters, max_norm)
@@ -151,5 +152,5 @@ class SkippedSteps(nn.Module):
         if in_a_row >= self.limit:
             raise FloatingPointError(
                 f"{in_a_row} steps in a row had a loss or gradient that is not finite (optimization.max_skipped={self.limit}): "
-                "lower the learning rate, clip the gradient (optimization.gradient_clip_norm), or train in bf16-mixed or 32 bits."
+                "lower the learning rate, clip the gradient (optimization.gradient_clip_norm), or train in 32 bits."
             )

@@ -103,8 +103,9 @@ def _concrete(base: type) -> Iterator[type]:
     elsewhere = base.__module__.startswith(("builtins", "torch", "pytorch_lightning", "lightning_fabric"))
     if not (inspect.isabstract(base) or elsewhere or base.__name__.startswith("_")):
         yield base
-    for cls in base.__subclasses__():
-        yield from _concrete(cls)
+    subclasses: list[type] = base.__subclasses__()
+    for subclass in subclasses:
+        yield from _concrete(subclass)
 
 
 def _suggest(word: str, candidates: list[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from distill.denoiser import NetworkDenoiser, Prediction
+from distill.denoiser import Denoiser, NetworkDenoiser, Prediction
 from distill.networks.unet2d import UNet2D
 from distill.schedules import NoiseSchedule, RectifiedFlow, VarianceExploding, VariancePreserving
 
@@ -34,6 +34,9 @@ def read_scheduler(config: dict[str, Any]) -> tuple[NoiseSchedule, Prediction, f
         if config.get("prediction_type", "epsilon") != "epsilon":
             raise ValueError(f"{name} with prediction_type={config['prediction_type']!r}: only 'epsilon' (EDM's F) is known.")
         return VarianceExploding(config["sigma_min"], config["sigma_max"]), "edm", config.get("sigma_data", 0.5)
+    for key in ("trained_betas", "rescale_betas_zero_snr"):
+        if config.get(key):
+            raise ValueError(f"scheduler {name!r} with {key}={config[key]!r}: such betas are not known.")
     if config.get("beta_schedule") in BETAS and config.get("prediction_type", "epsilon") in PREDICTIONS:
         schedule = VariancePreserving(
             BETAS[config["beta_schedule"]], config["beta_start"], config["beta_end"], config["num_train_timesteps"]
@@ -75,6 +78,13 @@ def make_scheduler(denoiser: NetworkDenoiser) -> Any:
     )
 
 
+def check_exportable(denoiser: Denoiser) -> None:
+    """Raises ValueError if `save_denoiser` could not write ``denoiser``."""
+    if not isinstance(denoiser, NetworkDenoiser) or not isinstance(denoiser.network, UNet2D):
+        raise ValueError("Only a NetworkDenoiser of a UNet2D can be written as a diffusers folder.")
+    make_scheduler(denoiser)
+
+
 def save_denoiser(denoiser: NetworkDenoiser, folder: str | Path) -> None:
     """Writes a diffusers pipeline folder (``unet/``, ``scheduler/``, safetensors) that diffusers alone can load.
 
@@ -83,9 +93,9 @@ def save_denoiser(denoiser: NetworkDenoiser, folder: str | Path) -> None:
     from diffusers import DDPMPipeline
     from safetensors.torch import save_file
 
+    check_exportable(denoiser)
     network = denoiser.network
-    if not isinstance(network, UNet2D):
-        raise ValueError(f"{type(network).__name__} cannot be written as a diffusers folder; UNet2D can.")
+    assert isinstance(network, UNet2D)
     DDPMPipeline(network.unet, make_scheduler(denoiser)).save_pretrained(folder, safe_serialization=True)
     if network.scalars:
         state = {key: value.contiguous() for key, value in network.scalars.state_dict().items()}
@@ -115,6 +125,8 @@ class PretrainedDenoiser(NetworkDenoiser):
                     f"path={path!r}: {part} is missing there; give a diffusers folder, for example one that "
                     "'python -m distill fit --config configs/digits/teacher.yaml' leaves in runs/digits/teacher/export."
                 )
+        if not list((folder / "unet").glob("*.safetensors")):
+            raise FileNotFoundError(f"path={path!r}: unet/ has no weights there (*.safetensors).")
         own = read_scheduler(json.loads((folder / "scheduler/scheduler_config.json").read_text()))
         self._refuse_contradiction(path, own, schedule, prediction)
         from diffusers import UNet2DModel
@@ -131,7 +143,8 @@ class PretrainedDenoiser(NetworkDenoiser):
     ) -> None:
         if schedule is not None and not schedule.same_as(own[0]):
             raise ValueError(
-                f"schedule={schedule!r} contradicts {path}/scheduler/scheduler_config.json, which says {own[0]!r}: leave schedule out."
+                f"schedule={schedule!r} contradicts {path}/scheduler/scheduler_config.json, which says {own[0]!r}: "
+                "leave schedule out."
             )
         if prediction is not None and prediction != own[1]:
             raise ValueError(

@@ -8,10 +8,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from distill.denoiser import Denoiser
-from distill.schedules import per_sample
+from distill.schedules import NoiseSchedule, per_sample
 from distill.solvers import Solver
 from distill.times import Grid
 from distill.types import Cond, Sample, Time
@@ -33,12 +35,13 @@ class SeededNoise:
         if seed < 0:
             raise ValueError(f"seed={seed}: give 0 or a positive number.")
         self.shape = tuple(shape)
-        # 2^32 samples a seed; the generator's own seeding spreads neighbouring seeds.
-        self.generators = [torch.Generator().manual_seed((seed << 32) + int(index)) for index in indices]
+        # Philox takes both numbers whole as its key; torch's CPU generator reads only the low 32 bits of a seed.
+        self.generators = [np.random.Generator(np.random.Philox(key=(seed << 64) + int(index))) for index in indices]
 
     def draw(self, device: torch.device | None = None) -> Sample:
         """The next draw of every sample, ``(len(indices), *shape)`` float32."""
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(device)
+        draws = [torch.from_numpy(g.standard_normal(self.shape, dtype=np.float32)) for g in self.generators]
+        return torch.stack(draws).to(device)
 
     def __call__(self, like: Sample) -> Sample:
         return self.draw(like.device).to(like.dtype)
@@ -54,9 +57,15 @@ class Sampler(ABC):
         """``x0`` ``(b, *shape)`` from unit ``noise`` in ``steps`` >= 1 steps; ``fresh`` supplies any further noise."""
 
 
-def _all(time: Time, x: Sample) -> Time:
-    """One time for the whole batch. (``repeat``, not ``expand``: an expanded time breaks forward-mode differentiation.)"""
+def _all(time: Tensor, x: Sample) -> Time:
+    """A scalar time for the whole batch. (``repeat``, not ``expand``: an expanded time breaks forward-mode differentiation.)"""
     return time.to(x).repeat(len(x))
+
+
+def _starts(grid: Grid, schedule: NoiseSchedule, steps: int) -> Time:
+    """``steps`` times of a grid, all above ``t_min``: a grid that counts ``t_min`` among its points is asked for one more."""
+    nodes = grid.nodes(schedule, steps)
+    return (nodes if len(nodes) > steps else grid.nodes(schedule, steps + 1))[:-1]
 
 
 def _check_steps(steps: int) -> None:
@@ -108,7 +117,7 @@ class RenoiseSampler(Sampler):
         if steps in self.times:
             times = torch.tensor(self.times[steps], dtype=torch.float64)
         else:
-            times = self.grid.times(schedule, steps)
+            times = _starts(self.grid, schedule, steps)
         x = schedule.prior_scale * noise
         for step, time in enumerate(times):
             if step > 0:
@@ -139,7 +148,7 @@ class JumpSampler(Sampler):
     ) -> Sample:
         _check_steps(steps)
         schedule = denoiser.schedule
-        times = self.grid.times(schedule, steps)
+        times = _starts(self.grid, schedule, steps)
         end = times.new_tensor([schedule.t_min])
         x = schedule.prior_scale * noise
         for t, s in zip(times, torch.cat([times[1:], end]), strict=True):
@@ -152,7 +161,7 @@ class JumpSampler(Sampler):
             x = self._add_the_rest(x, denoiser, low, s, fresh)
         return x
 
-    def _add_the_rest(self, x: Sample, denoiser: Denoiser, low: Time, s: Time, fresh: FreshNoise) -> Sample:
+    def _add_the_rest(self, x: Sample, denoiser: Denoiser, low: Tensor, s: Tensor, fresh: FreshNoise) -> Sample:
         """From ``x_low`` to ``x_s``: scale the signal and add what is missing of the noise's variance."""
         if self.gamma == 0:
             return x

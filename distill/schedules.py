@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -23,7 +22,7 @@ BetaSchedule = Literal["linear", "scaled_linear", "cosine"]
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
-    """``value`` ``(b,)`` with trailing dimensions of size one, so that it multiplies ``like`` ``(b, *shape)`` sample by sample."""
+    """``value`` ``(b,)`` with trailing dimensions of size one: it multiplies ``like`` ``(b, *shape)`` sample by sample."""
     return value.reshape(-1, *[1] * (like.dim() - 1))
 
 
@@ -217,8 +216,8 @@ class VariancePreserving(NoiseSchedule):
             raise ValueError(f"beta_start={beta_start} and beta_end={beta_end}: give 0 < beta_start < beta_end < 1.")
         self.betas, self.beta_start, self.beta_end, self.num_steps = betas, beta_start, beta_end, num_steps
         self.t_min, self.t_max = 0.0, float(num_steps - 1)
-        self._placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._make_betas()
+        # Built here and not at the first call, which may be inside a functorch transform, where tensors have no storage.
+        self._placed = {torch.device("cpu"): self._fit_spline()}
 
     def _make_betas(self) -> Tensor:
         """The discrete betas ``(num_steps,)`` in float64."""
@@ -233,20 +232,20 @@ class VariancePreserving(NoiseSchedule):
             return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
         raise ValueError(f"betas={self.betas!r}: give one of 'linear', 'scaled_linear', 'cosine'.")
 
-    @cached_property
-    def _log_nsr_knots(self) -> Tensor:
-        """``ln(sigma / alpha)`` at the whole numbers, ``(num_steps,)`` float64."""
+    def _fit_spline(self) -> tuple[Tensor, Tensor]:
+        """``ln(sigma / alpha)`` at whole numbers ``(num_steps,)``; the cubics ``(4, num_steps - 1)``, highest power first."""
+        from scipy.interpolate import CubicSpline
+
         log_alpha_bar = torch.log1p(-self._make_betas()).cumsum(0)
-        return 0.5 * (torch.log(-torch.expm1(log_alpha_bar)) - log_alpha_bar)
+        knots = 0.5 * (torch.log(-torch.expm1(log_alpha_bar)) - log_alpha_bar)
+        spline = CubicSpline(range(self.num_steps), knots.numpy(), bc_type="natural")
+        return knots, torch.from_numpy(spline.c)
 
     def _spline(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Knots and the cubic's coefficients ``(4, num_steps - 1)``, highest power first, kept once a device."""
+        """Knots and cubics on a device, moved there once."""
         if device not in self._placed:
-            from scipy.interpolate import CubicSpline
-
-            knots = self._log_nsr_knots
-            spline = CubicSpline(range(self.num_steps), knots.numpy(), bc_type="natural")
-            self._placed[device] = (knots.to(device), torch.tensor(spline.c, dtype=torch.float64, device=device))
+            knots, cubics = self._placed[torch.device("cpu")]
+            self._placed[device] = (knots.to(device), cubics.to(device))
         return self._placed[device]
 
     def log_nsr(self, t: Tensor) -> Tensor:

@@ -219,7 +219,7 @@ class DoublingPoints(Curriculum):
 
 def _rising_curriculum(total_steps: int, start: int, end: int) -> None:
     if total_steps < 1 or not 2 <= start <= end:
-        raise ValueError(f"total_steps={total_steps}, start={start}, end={end}: give total_steps >= 1 and 2 <= start <= end.")
+        raise ValueError(f"total_steps={total_steps}, start={start}, end={end}: give total_steps >= 1, 2 <= start <= end.")
 
 
 # -------------------------------------------------------------------------------------------------------------- pairs
@@ -277,7 +277,7 @@ class GridPairs(TimePairs):
 
 
 class RatioPairs(TimePairs):
-    """Easy consistency tuning (Geng et al. 2406.14548, eq. 12): noise levels ``s_u = s_t max(0, 1 - n(s_t) / q^(a+1))``.
+    """Easy consistency tuning (Geng et al. 2406.14548): noise levels ``s_u = s_t max(0, 1 - n(s_t) / q^(a+1))``.
 
     ``n(s) = 1 + k sigmoid(-b s)``, stage ``a = step // stage_steps``, ``s_t`` from ``times``. At stage 0 many ``u`` are the data
     itself, so that training begins as denoising and tightens to consistency.
@@ -300,7 +300,10 @@ class RatioPairs(TimePairs):
         self, count: int, step: int, schedule: NoiseSchedule, device: torch.device | None = None
     ) -> tuple[Time, Time]:
         t = self.times.sample(count, schedule, device)
+        # Not below twice the schedule's least level, where u may be: weights divide by the gap between the two.
+        floor = 2 * schedule.nsr(torch.full_like(t, schedule.t_min))
         level = schedule.nsr(t)
+        t, level = torch.where(level < floor, schedule.time_of_nsr(floor), t), torch.maximum(level, floor)
         mapping = 1 + self.k * torch.sigmoid(-self.b * level)
         lower = level * (1 - mapping / self.q ** (step // self.stage_steps + 1)).clamp(min=0)
         # Levels that no time of the schedule has become t_min, which the method takes for the data.
@@ -333,7 +336,7 @@ class InverseGapWeight(Weight):
 
 
 class KarrasWeight(Weight):
-    """EDM's ``(s^2 + sigma_data^2) / (s sigma_data)^2``, s the noise-to-signal ratio (2206.00364, table 1; ECT on ImageNet-64)."""
+    """EDM's ``(s^2 + sigma_data^2) / (s sigma_data)^2``, s the noise-to-signal ratio (2206.00364, table 1; ECT too)."""
 
     def __init__(self, sigma_data: float = 0.5):
         _positive(sigma_data=sigma_data)

@@ -21,9 +21,10 @@ from pytorch_lightning.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from distill.denoiser import Denoiser, Frozen
+from distill.denoiser import Denoiser
 from distill.ema import EMA
 from distill.evaluation import Evaluation
+from distill.frozen import Frozen
 from distill.guidance import ClassifierFreeGuidance, GuidanceRule
 from distill.optimization import Optimization, SkippedSteps, clip_gradients, step_unless
 from distill.pretrained import identity_of
@@ -66,13 +67,13 @@ class Method(LightningModule, ABC):
     ):
         super().__init__()
         self.automatic_optimization = False
-        self.student = student.train()
-        self._teacher = None if teacher is None else Frozen(teacher)
+        self.student: Denoiser = student.train()
+        self._teacher: Frozen | None = None if teacher is None else Frozen(teacher)
         self.guidance, self.optimization, self.evaluation = guidance, optimization, evaluation
         self.ema = EMA(student, optimization.averaging)
         self.skipped = SkippedSteps(optimization.max_skipped)
         self.metrics = nn.ModuleDict(
-            {str(steps): nn.ModuleDict({m.name: m.clone() for m in evaluation.metrics}) for steps in evaluation.steps}
+            {str(n): nn.ModuleDict({str(m.name): m.clone() for m in evaluation.metrics}) for n in evaluation.steps}
         )
         self.batches_seen = 0
         self._accumulated_bad: Tensor | None = None
@@ -82,7 +83,7 @@ class Method(LightningModule, ABC):
         """The student's losses on a batch, with gradient; ``loss`` is minimised."""
 
     def generator(self, student: Denoiser) -> Denoiser:
-        """The denoiser that is sampled, from the student's or its average's network: the student itself, unless a method wraps it."""
+        """The denoiser that is sampled, made of the student or its average: itself, unless a method wraps it."""
         return student
 
     @property
@@ -153,6 +154,7 @@ class Method(LightningModule, ABC):
         player, optimizer = self._players[index], self.optimizers(use_pl_optimizer=True)
         optimizer = optimizer[index] if isinstance(optimizer, list) else optimizer
         norm = clip_gradients(player.parameters, player.optimization.gradient_clip_norm)
+        assert self._accumulated_bad is not None
         bad = self._accumulated_bad | ~torch.isfinite(norm)
         # The largest over the ranks: all skip, or none does.
         bad = self.trainer.strategy.reduce(bad.float(), reduce_op="max") > 0
@@ -210,7 +212,7 @@ class Method(LightningModule, ABC):
             rule = self.guidance if guidance is None else ClassifierFreeGuidance(guidance)
             denoiser = self.teacher if rule is None else rule(self.teacher, null)
             return self.evaluation.teacher_sampler(denoiser, noise, cond, steps, fresh)
-        module = {"ema": self.ema.module, "student": self.student}[source]
+        module: Denoiser = {"ema": self.ema.module, "student": self.student}[source]
         denoiser, cond = self.guided_generator(self.generator(module), cond, null, guidance)
         training = module.training
         samples = self.evaluation.sampler(denoiser.eval(), noise, cond, steps, fresh)
@@ -224,11 +226,9 @@ class Method(LightningModule, ABC):
         return (generator if guidance is None else ClassifierFreeGuidance(guidance)(generator, null)), cond
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        first = (batch_idx * self.trainer.world_size + self.global_rank) * self.trainer.datamodule.eval_batch_size
-        indices = range(first, first + len(batch))
-        for steps in self.evaluation.steps:
-            samples = self.draw(steps, indices, batch.cond, batch.null, self.evaluation.seed)
-            for name, metric in self.metrics[str(steps)].items():
+        for steps, samples in self.predict_step(batch, batch_idx).items():
+            metrics: Any = self.metrics[str(steps)]
+            for name, metric in metrics.items():
                 metric.update(samples, batch.x0, batch.cond)
                 self.log(f"val/{name}/{steps}", metric, batch_size=len(batch))
 
@@ -236,7 +236,8 @@ class Method(LightningModule, ABC):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[int, Sample]:
         """Samples for the conditions of the batch, by number of steps."""
-        first = (batch_idx * self.trainer.world_size + self.global_rank) * self.trainer.datamodule.eval_batch_size
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        first = (batch_idx * self.trainer.world_size + self.global_rank) * data.eval_batch_size
         indices = range(first, first + len(batch))
         return {n: self.draw(n, indices, batch.cond, batch.null, self.evaluation.seed) for n in self.evaluation.steps}
 
@@ -278,7 +279,7 @@ class Method(LightningModule, ABC):
 
 
 class TwoPlayerMethod(Method, ABC):
-    """A student and a critic (a fake score, a discriminator) that take turns: ``critic_steps`` of the critic, one of the student.
+    """A student and a critic (a fake score, a discriminator) take turns: ``critic_steps`` of the critic, one of the student.
 
     A batch is one player's turn (or one part of it, if gradients are accumulated); only that player's parameters require
     gradients in it.

@@ -1,25 +1,29 @@
 """Consistency distillation and training (Song et al. 2303.01469, algorithms 2 and 3) and what differs from them by parts.
 
-    L = E w(t, u) d( f(x_t, t), sg f^-(x_u, u) ),   x_t = alpha_t x0 + sigma_t eps,   u < t,   x0, x_t, x_u: (b, *shape), t, u: (b,)
+    L = E w(t, u) d( f(x_t, t), sg f^-(x_u, u) ),   x_t = alpha_t x0 + sigma_t eps,   u < t
+    x0, x_t, x_u: (b, *shape), t, u: (b,)
 
 x_u is one step of an ODE solver from x_t along the teacher (distillation) or ``alpha_u x0 + sigma_u eps`` with the same eps
 (training, the limit of that step when the teacher is exact). f^- is the student itself without gradient, or an average of it.
 f and f^- draw the same dropout masks. Where u is the end of the schedule the target is x_u itself: f's boundary condition.
 
 By parts: CD; CT; improved CT (2310.14189: doubling curriculum, log-normal pairs, pseudo-Huber, inverse-gap weight); ECT
-(2406.14548: `RatioPairs` from a diffusion checkpoint); latent consistency (2310.04378: skipped steps, a guidance scale drawn for
-each sample, followed by the teacher and read by the student through an extra time input).
+(2406.14548: `RatioPairs` from a diffusion checkpoint); latent consistency (2310.04378: skipped steps, a guidance scale drawn
+for each sample, followed by the teacher and read by the student through an extra time input).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from distill.boundary import Boundary, ConsistencyFunction, NoBoundary
-from distill.denoiser import Denoiser, NetworkDenoiser, trainable_copy
+from distill.denoiser import Denoiser, NetworkDenoiser
 from distill.distances import Distance
 from distill.ema import EMA, Averaging
 from distill.evaluation import Evaluation
+from distill.frozen import trainable_copy
 from distill.guidance import ClassifierFreeGuidance, GuidanceRule
 from distill.methods.base import Method
 from distill.optimization import Optimization
@@ -65,7 +69,7 @@ class Consistency(Method):
     ):
         if teacher is None and (solver is not None or student is None):
             raise ValueError("model.teacher is missing: give it, or set model.solver to null and give model.student.")
-        student = trainable_copy(teacher) if student is None else student
+        student = student or trainable_copy(teacher)
         if guidance_range is not None:
             _read_guidance(student, guidance_range, guidance, solver)
         super().__init__(student, teacher, guidance, optimization, evaluation)
@@ -94,7 +98,8 @@ class Consistency(Method):
             else:
                 x_u = self.teacher_step(self.solver, rule, x_t, t, u, cond, batch.null)
             self.seed_draws("network")
-            target = self.generator(self.student if self.target is None else self.target.module)(x_u, u, cond)
+            follower: Denoiser = self.student if self.target is None else self.target.module
+            target = self.generator(follower)(x_u, u, cond)
             target = torch.where(end.reshape(-1, *[1] * (x0.dim() - 1)), x_u, target)
         self.seed_draws("network")
         prediction = self.generator(self.student)(x_t, t, cond)
@@ -143,7 +148,8 @@ def _read_guidance(
     if guidance is not None:
         raise ValueError("guidance and guidance_range are both set: leave one of them null.")
     if solver is None:
-        raise ValueError(f"guidance_range={scales} guides the teacher's step, but solver is null: set solver, DDIM for example.")
-    if not isinstance(student, NetworkDenoiser) or not hasattr(student.network, "add_scalar_input"):
+        raise ValueError(f"guidance_range={scales} guides the teacher's step, but solver is null: set solver, e.g. DDIM.")
+    network: Any = student.network if isinstance(student, NetworkDenoiser) else None
+    if not hasattr(network, "add_scalar_input"):
         raise ValueError(f"guidance_range={scales}: the student's network cannot take an extra scalar input.")
-    student.network.add_scalar_input("guidance")
+    network.add_scalar_input("guidance")

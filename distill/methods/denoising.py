@@ -31,6 +31,8 @@ class DenoisingTraining(Method):
         optimization, evaluation: see `Method`.
     """
 
+    student: NetworkDenoiser
+
     def __init__(
         self,
         student: NetworkDenoiser,

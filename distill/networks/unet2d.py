@@ -48,7 +48,7 @@ class UNet2D(nn.Module):
         if any(width % groups for width in channels):
             raise ValueError(f"channels={channels}: give multiples of groups={groups}.")
         if sample_size % 2 ** (len(channels) - 1):
-            raise ValueError(f"sample_size={sample_size}: {len(channels)} levels need a multiple of {2 ** (len(channels) - 1)}.")
+            raise ValueError(f"sample_size={sample_size}: {len(channels)} levels need multiples of {2 ** (len(channels) - 1)}.")
         from diffusers import UNet2DModel
 
         unet = UNet2DModel(

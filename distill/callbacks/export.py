@@ -1,0 +1,42 @@
+"""The averaged student as a diffusers folder, when training ends."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from distill.pretrained import check_exportable, save_denoiser
+
+
+class ExportDenoiser(Callback):
+    """Writes ``RUN/export``: the EMA student's network and scheduler, as diffusers and `PretrainedDenoiser` read them.
+
+    For methods whose student is sampled as it is (teacher training); one that wraps its student needs more than a folder of
+    weights. The folder is complete or not there: it is written beside its place and renamed.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses, before training, a student that could not be written.
+
+        Raises:
+            ValueError: naming what has no counterpart in diffusers.
+        """
+        method: Any = pl_module
+        check_exportable(method.student)
+        if method.generator(method.student) is not method.student:
+            raise ValueError(f"ExportDenoiser: {type(method).__name__} wraps its student; leave the callback out.")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the folder on rank zero."""
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        method: Any = pl_module
+        folder = Path(trainer.default_root_dir) / "export"
+        partial = folder.with_name("export.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        save_denoiser(method.ema.module, partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)

@@ -1,0 +1,39 @@
+"""Networks that are not trained: kept apart from their owner, and copied into ones that are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Frozen(nn.Module):
+    """Holds a network that is never trained and never saved.
+
+    It is always in evaluation mode, is not seen by ``parameters()``, ``state_dict()``, DDP or ``deepcopy`` (copies share it),
+    and still moves to a device and a precision with its owner.
+    """
+
+    module: Any
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        # Past nn.Module's own __setattr__, which would register it.
+        object.__setattr__(self, "module", module.eval().requires_grad_(False))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
+        self.module._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
+        return Frozen(self.module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def trainable_copy(module: Any) -> Any:
+    """A copy of ``module`` with parameters of its own that are all trained: how a student starts from its teacher."""
+    return copy.deepcopy(module).requires_grad_(True).train()

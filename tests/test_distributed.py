@@ -1,0 +1,222 @@
+"""Two processes that train together over gloo. Both are started once, run every scenario below and leave what they saw.
+
+Strategies: one player runs under plain ``ddp``; two players need ``ddp_find_unused_parameters_true``, because in each turn the
+other player's parameters get no gradient.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import FixedTimes, Watch, batch_of, closest, evaluation, everything, fit, game, joined, of_part, same, small, two_classes
+from pytorch_lightning import Callback
+from torch import Tensor
+
+from distill.distances import SquaredDistance
+from distill.ema import DecayAveraging
+from distill.methods.base import Method
+from distill.methods.consistency import Consistency
+from distill.methods.denoising import DenoisingTraining
+from distill.optimization import Optimization
+from distill.solvers import Heun
+from distill.times import ConstantPoints, GridPairs, UniformGrid
+
+UNUSED = "ddp_find_unused_parameters_true"
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def denoising(accumulate: int = 1, optimizer: Any = sgd, **settings: Any) -> DenoisingTraining:
+    settings = {"accumulate_batches": accumulate, "gradient_clip_norm": 0.3, **settings}
+    return DenoisingTraining(small(), FixedTimes(), Optimization(optimizer, **settings), evaluation())
+
+
+def two_players(accumulate: int = 1, **settings: Any) -> Method:
+    return game(2, optimizer=sgd, accumulate_batches=accumulate, gradient_clip_norm=0.3, **settings)
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=1e-2, fused=True)
+
+
+class Draws(Callback):
+    """The first numbers that a rank draws in each batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Method, batch: Any, batch_idx: int) -> None:
+        pl_module.seed_draws()
+        self.seen.append(torch.randn(4))
+
+
+def parted(number: int, rank: int) -> Any:
+    """A rank's rows of batch ``number``."""
+    return batch_of(100 * number + rank)
+
+
+# --------------------------------------------------------------------- scenarios, each run by both ranks: rank -> findings
+
+
+def trained_together(rank: int, build: Any, strategy: str, accumulate: int) -> dict[str, Tensor]:
+    method = build(accumulate)
+    batches = [parted(number, rank) for number in range(6 * accumulate)]
+    ready = fit(method, batches, 6, strategy=strategy, devices=2)
+    return everything(ready, method) | {"global_step": torch.tensor(ready.global_step)}
+
+
+def bad_on_one_rank(rank: int, build: Any, strategy: str, bad_rank: int, batch: int = 2) -> dict[str, Any]:
+    """NaN data on one rank in one batch."""
+    batches = [parted(number, rank) for number in range(4)]
+    if rank == bad_rank:
+        batches[batch].x0.fill_(float("nan")), batches[batch].noise.fill_(float("nan"))
+    watch = Watch()
+    fit(build(), batches, 4, watch, strategy=strategy, devices=2)
+    moved = {
+        part: [watch.moved(batch, part) for batch in range(4)] for part in ("student", "ema", "critic") if of_part(watch.states[0], part)
+    }
+    return {"moved": moved, "end": watch.states[-1]}
+
+
+def bad_for_ever_on_one_rank(rank: int) -> str:
+    batches = [parted(number, rank) for number in range(5)]
+    if rank == 1:
+        for batch in batches[1:]:
+            batch.x0.fill_(float("nan"))
+    try:
+        fit(denoising(max_skipped=2), batches, 5, strategy="ddp", devices=2)
+    except FloatingPointError as error:
+        return str(error)
+    return "no error"
+
+
+def drawn(rank: int) -> list[Tensor]:
+    draws = Draws()
+    fit(denoising(), [batch_of(0)], 3, draws, strategy="ddp", devices=2)
+    return draws.seen
+
+
+def distilled(rank: int) -> dict[str, Tensor]:
+    """Draws of each rank's own: the ranks must still agree on every weight."""
+    method = Consistency(
+        GridPairs(UniformGrid(), ConstantPoints(8)), SquaredDistance(), Optimization(adam), evaluation(), small(dropout=0.2),
+        two_classes(), Heun(), target=DecayAveraging(0.9),
+    )  # fmt: skip
+    batches = [batch_of(10 * number + rank, tied=False) for number in range(3)]
+    return everything(fit(method, batches, 5, strategy="ddp", devices=2), method)
+
+
+def plain_ddp_of_two_players(rank: int) -> str:
+    try:
+        fit(two_players(), [parted(number, rank) for number in range(3)], 3, strategy="ddp", devices=2)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def all_scenarios(rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for accumulate in (1, 2):
+        found[f"one player/{accumulate}"] = trained_together(rank, denoising, "ddp", accumulate)
+        found[f"two players/{accumulate}"] = trained_together(rank, two_players, UNUSED, accumulate)
+    found["bad/fused"] = bad_on_one_rank(rank, lambda: denoising(optimizer=adam), "ddp", bad_rank=1)
+    found["bad/plain"] = bad_on_one_rank(rank, lambda: denoising(optimizer=torch.optim.RAdam), "ddp", bad_rank=0)
+    found["bad/two players"] = bad_on_one_rank(rank, two_players, UNUSED, bad_rank=1)
+    found["bad for ever"] = bad_for_ever_on_one_rank(rank)
+    found["drawn"] = drawn(rank)
+    found["distilled"] = distilled(rank)
+    found["plain ddp"] = plain_ddp_of_two_players(rank)
+    return found
+
+
+def start(rank: int, port: int, folder: Path) -> subprocess.Popen:
+    """One of the two processes: this file as a program."""
+    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "NODE_RANK": 0, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}
+    environment = os.environ | {key: str(value) for key, value in names.items()}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    words = [sys.executable, __file__, str(rank), str(folder)]
+    return subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of the two ranks found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [start(rank, port, folder) for rank in (0, 1)]
+    try:
+        for process in processes:
+            output = process.communicate(timeout=180)[0]
+            assert process.returncode == 0, output[-4000:]
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+# ------------------------------------------------------------------------------------------------------------------ tests
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind, build", [("one player", denoising), ("two players", two_players)])
+def test_two_ranks_equal_one_process_on_the_joined_batches(ranks, kind, build, accumulate):
+    """And with accumulation, in which ranks meet in the last batch of a step alone, as well."""
+    first, second = (found[f"{kind}/{accumulate}"] for found in ranks)
+    assert same(first, second)
+    alone = build()
+    parts = [parted(number, rank) for number in range(6 * accumulate) for rank in (0, 1)]
+    size = 2 * accumulate
+    ready = fit(alone, [joined(*parts[at : at + size]) for at in range(0, len(parts), size)], 6)
+    expected = everything(ready, alone) | {"global_step": torch.tensor(6)}
+    assert closest(first, expected) < 1e-6
+    assert closest(of_part(first, "student"), of_part(dict(build().state_dict()), "student")) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["fused", "plain"])
+def test_a_bad_batch_of_one_rank_is_skipped_by_all(ranks, kind):
+    for found in ranks:
+        assert found[f"bad/{kind}"]["moved"] == {"student": [True, True, False, True], "ema": [True, True, False, True]}
+        assert int(found[f"bad/{kind}"]["end"]["skipped.total"]) == 1
+    assert same(*[found[f"bad/{kind}"]["end"] for found in ranks])
+
+
+def test_a_bad_batch_of_one_rank_is_skipped_in_a_players_turn(ranks):
+    """Critic, critic, student (bad), critic: the critic's last turn is untouched by it."""
+    for found in ranks:
+        assert found["bad/two players"]["moved"] == {"student": [False] * 4, "ema": [False] * 4, "critic": [True, True, False, True]}
+    assert same(*[found["bad/two players"]["end"] for found in ranks])
+
+
+def test_all_ranks_end_together_after_too_many_bad_steps(ranks):
+    assert all("2 steps in a row" in found["bad for ever"] for found in ranks)
+
+
+def test_ranks_draw_different_numbers(ranks):
+    first, second = (found["drawn"] for found in ranks)
+    assert len({tuple(draw.tolist()) for draw in [*first, *second]}) == 6
+
+
+def test_ranks_agree_on_every_weight_though_their_draws_differ(ranks):
+    first, second = (found["distilled"] for found in ranks)
+    assert same(first, second) and of_part(first, "target")
+    assert closest(of_part(first, "student"), {f"student.{key}": value for key, value in small(dropout=0.2).state_dict().items()}) > 1e-3
+
+
+def test_two_players_under_plain_ddp_end_with_advice(ranks):
+    assert all("find_unused_parameters=True" in found["plain ddp"] for found in ranks)
+
+
+if __name__ == "__main__":
+    own_rank, results = int(sys.argv[1]), all_scenarios(int(sys.argv[1]))
+    torch.save(results, Path(sys.argv[2]) / f"{own_rank}.pt")

@@ -1,0 +1,156 @@
+"""Draws samples of a run's student, or of a teacher: ``samples.npz``, ``samples.json`` and ``grid.png`` in a folder.
+
+    python tools/sample.py --run runs/digits/cd --steps 1 --num 1800 --out samples/cd
+    python tools/sample.py --teacher runs/digits/teacher/export --steps 32 --solver heun --out samples/teacher
+
+Sample i depends on the seed and on i alone, not on the batch size. Labels run through the classes in turn unless given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.denoiser import Denoiser
+from distill.types import Cond, label_conditions
+
+SOLVERS = {"euler": "Euler", "ddim": "DDIM", "heun": "Heun", "dpm": "DPMSolver2M"}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; exits with 2 on a wrong one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", help="run folder of a student")
+    source.add_argument("--teacher", help="diffusers folder of a teacher")
+    parser.add_argument("--checkpoint", default="last", help="of the run: last, best, or a file")
+    parser.add_argument("--weights", default="ema", choices=["ema", "student"], help="of the run: averaged or present")
+    parser.add_argument("--steps", type=int, default=1, help="sampler steps")
+    parser.add_argument("--num", type=int, default=1000, help="number of samples")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the set")
+    parser.add_argument("--labels", type=int, nargs="+", help="labels to run through instead of all classes")
+    parser.add_argument("--guidance", type=float, help="guidance scale, 1 is none")
+    parser.add_argument("--solver", choices=sorted(SOLVERS), help="of a teacher (default heun)")
+    parser.add_argument("--batch-size", type=int, default=300, help="samples at once; does not change them")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    parser.add_argument("--out", required=True, help="folder to write")
+    arguments = parser.parse_args()
+    for name, least in (("steps", 1), ("num", 1), ("seed", 0), ("batch_size", 1)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name.replace('_', '-')}={getattr(arguments, name)}: give at least {least}.")
+    if arguments.run and arguments.solver:
+        parser.error("--solver is for --teacher: a run's student is sampled by the sampler of its config.")
+    return arguments
+
+
+class TeacherSource:
+    """A teacher with a solver, on the grid that its schedule is usually sampled on."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        from distill import samplers, solvers, times
+        from distill.pretrained import PretrainedDenoiser
+        from distill.schedules import VarianceExploding
+
+        denoiser = PretrainedDenoiser(arguments.teacher).to(arguments.device).eval()
+        solver = arguments.solver or "heun"
+        grid = times.KarrasGrid() if isinstance(denoiser.schedule, VarianceExploding) else times.UniformGrid()
+        self.denoiser: Denoiser = denoiser
+        self.sampler = samplers.OdeSampler(getattr(solvers, SOLVERS[solver])(), grid)
+        self.num_classes = denoiser.num_classes
+        self.record = {"teacher": denoiser.identity, "solver": solver, "grid": type(grid).__name__}
+
+    def draw(self, arguments: argparse.Namespace, indices: range, cond: Cond, null: Cond) -> Tensor:
+        from distill.guidance import ClassifierFreeGuidance
+        from distill.samplers import SeededNoise
+
+        assert self.denoiser.shape is not None
+        noise = SeededNoise(arguments.seed, indices, self.denoiser.shape)
+        rule = ClassifierFreeGuidance(1.0 if arguments.guidance is None else arguments.guidance)
+        unit = noise.draw(torch.device(arguments.device))
+        return self.sampler(rule(self.denoiser, null), unit, cond, arguments.steps, noise)
+
+
+class RunSource:
+    """The student of a run folder, sampled as its config says."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        from distill.cli import load_run
+
+        _, self.method, data = load_run(arguments.run, arguments.checkpoint)
+        self.method.to(arguments.device)
+        self.num_classes = data.spec.num_classes
+        self.record = {"run": str(arguments.run), "checkpoint": arguments.checkpoint, "weights": arguments.weights}
+        self.record["batches_trained"] = self.method.batches_seen
+
+    def draw(self, arguments: argparse.Namespace, indices: range, cond: Cond, null: Cond) -> Tensor:
+        return self.method.draw(
+            arguments.steps, indices, cond, null, arguments.seed, arguments.weights, arguments.guidance
+        )
+
+
+def make_labels(arguments: argparse.Namespace, num_classes: int | None) -> Tensor | None:
+    """Label of each sample ``(num,)``, or None for a network without classes."""
+    if num_classes is None:
+        if arguments.labels:
+            raise ValueError("--labels: this network has no classes; leave the option out.")
+        return None
+    wrong = [label for label in arguments.labels or [] if not 0 <= label < num_classes]
+    if wrong:
+        raise ValueError(f"--labels={wrong}: give labels from 0 to {num_classes - 1}.")
+    cycle = torch.tensor(arguments.labels or range(num_classes))
+    return cycle[torch.arange(arguments.num) % len(cycle)]
+
+
+@torch.no_grad()
+def draw_all(source: Any, arguments: argparse.Namespace, labels: Tensor | None) -> Tensor:
+    """All samples ``(num, c, h, w)`` in [-1, 1], on the CPU, batch by batch under a progress bar."""
+    from tqdm import tqdm
+
+    batches = []
+    for first in tqdm(range(0, arguments.num, arguments.batch_size), desc="sampling", unit="batch"):
+        indices = range(first, min(first + arguments.batch_size, arguments.num))
+        cond, null = ({}, {}) if labels is None else label_conditions(labels[indices].to(arguments.device), source.num_classes)
+        batches.append(source.draw(arguments, indices, cond, null).cpu())
+    return torch.cat(batches)
+
+
+def main() -> None:
+    """Draws, writes, and says where."""
+    arguments = parse_arguments()
+    try:
+        source: Any = RunSource(arguments) if arguments.run else TeacherSource(arguments)
+        labels = make_labels(arguments, source.num_classes)
+        samples = draw_all(source, arguments, labels)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    write(Path(arguments.out), samples, labels, source, arguments)
+
+
+def write(out: Path, samples: Tensor, labels: Tensor | None, source: Any, arguments: argparse.Namespace) -> None:
+    """``samples.npz`` (``arr_0`` uint8 n,h,w,c; ``arr_1`` labels), ``samples.json`` (how they were drawn), ``grid.png``."""
+    from importlib.metadata import version
+
+    import numpy
+
+    from distill.callbacks.sample_grid import save_grid
+    from distill.metrics.features import to_uint8
+
+    out.mkdir(parents=True, exist_ok=True)
+    arrays = [to_uint8(samples).permute(0, 2, 3, 1).numpy()] + ([] if labels is None else [labels.numpy()])
+    numpy.savez_compressed(out / "samples.npz", *arrays)
+    keys = ("seed", "steps", "guidance", "num", "device")
+    record = source.record | {key: getattr(arguments, key) for key in keys}
+    record["versions"] = {"distill": version("distill"), "torch": torch.__version__}
+    (out / "samples.json").write_text(json.dumps(record, indent=2) + "\n")
+    save_grid({f"{arguments.run or arguments.teacher}, steps: {arguments.steps}": samples[:100]}, out / "grid.png")
+    print(f"{len(samples)} samples in {out / 'samples.npz'}, picture in {out / 'grid.png'}")
+
+
+if __name__ == "__main__":
+    main()
