@@ -15,6 +15,7 @@ from distill.denoiser import Denoiser, NetworkDenoiser
 from distill.evaluation import Evaluation
 from distill.frozen import Frozen
 from distill.methods.base import Method, TwoPlayerMethod
+from distill.methods.denoising import DenoisingTraining
 from distill.optimization import Optimization
 from distill.samplers import OdeSampler, RenoiseSampler
 from distill.schedules import NoiseSchedule, RectifiedFlow, VariancePreserving
@@ -39,7 +40,7 @@ def gaussian(schedule: NoiseSchedule) -> Gaussian:
 
 
 class PowerMap(Denoiser):
-    """Towards the start of a Gaussian's trajectory: ``m + (k(t_min) / k(t))^power (x - alpha m)``, ``k^2 = alpha^2 var + sigma^2``.
+    """Towards the start of a Gaussian's trajectory: ``m + (k(t_min) / k(t))^power (x - alpha m)``, k the spread.
 
     ``power = 1`` is the exact flow map to ``t_min``; the boundary condition holds for any power.
     """
@@ -119,7 +120,9 @@ def batch_of(number: int, size: int = 8, tied: bool = True) -> Batch:
 
 def joined(*batches: Batch) -> Batch:
     """One batch of all rows."""
-    cond, null = ({key: torch.cat([getattr(b, which)[key] for b in batches]) for key in batches[0].cond} for which in ("cond", "null"))
+    keys = batches[0].cond
+    sides = [batch.cond for batch in batches], [batch.null for batch in batches]
+    cond, null = ({key: torch.cat([each[key] for each in side]) for key in keys} for side in sides)
     return Batch(torch.cat([b.x0 for b in batches]), cond, null, torch.cat([b.noise for b in batches]))  # type: ignore[misc]
 
 
@@ -158,15 +161,26 @@ class Data(LightningDataModule):
     val_dataloader = train_dataloader
 
 
-# --------------------------------------------------------------------------------------------------------- two players
+# ------------------------------------------------------------------------------------------------------------- methods
+
+
+class Trapped(DenoisingTraining):
+    """Flow matching in which batches carry a trap: 1 makes the loss NaN and not its gradient, 2 only its gradient infinite."""
+
+    def losses(self, batch: Batch) -> Losses:
+        loss, trap = super().losses(batch)["loss"], int(batch.cond["trap"][0])
+        bias = self.student.network.first.bias.sum()
+        return {"loss": loss + (0.0, float("nan"), (bias - bias.detach()).sqrt())[trap]}
 
 
 class Game(TwoPlayerMethod):
-    """Distribution matching (Yin et al. 2311.18828): the critic denoises the student's one-step samples, and the student follows
-    ``fake x0 - teacher's x0`` at a noisy version of them. All draws but the times come from the batch."""
+    """Distribution matching (Yin et al. 2311.18828): the critic denoises the student's one-step samples.
+
+    The student follows ``fake x0 - teacher's x0`` at a noisy version of them. All draws but the times come from the batch.
+    """
 
     def __init__(self, student: Denoiser, teacher: Denoiser, critic: Denoiser, times: TimeDistribution, **settings: Any):
-        super().__init__(student, teacher, critic, None, evaluation=Evaluation(), **settings)
+        super().__init__(student, teacher, critic, None, evaluation=evaluation(), **settings)
         self.times = times
 
     def noisy_sample(self, batch: Batch) -> tuple[Sample, Sample, Time]:
@@ -217,7 +231,9 @@ def trainer(steps: int, *callbacks: Callback, **settings: Any) -> Trainer:
     return Trainer(max_steps=steps, callbacks=list(callbacks), **{**quiet, **settings})
 
 
-def fit(method: Method, batches: list[Batch], steps: int, *callbacks: Callback, ckpt_path: Any = None, **settings: Any) -> Trainer:
+def fit(
+    method: Method, batches: list[Batch], steps: int, *callbacks: Callback, ckpt_path: Any = None, **settings: Any
+) -> Trainer:
     """Trains for ``steps`` optimiser steps over ``batches``, again and again."""
     ready = trainer(steps, *callbacks, **settings)
     ready.fit(method, datamodule=Data(batches), ckpt_path=ckpt_path)

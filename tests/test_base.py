@@ -26,11 +26,11 @@ from pytorch_lightning import Callback
 from torch import Tensor
 from torchmetrics import Metric
 
-from distill.boundary import KarrasBoundary
+from distill.boundary import ScaledBoundary
 from distill.denoiser import Denoiser
 from distill.distances import SquaredDistance
 from distill.ema import DecayAveraging
-from distill.frozen import trainable_copy
+from distill.evaluation import Evaluation
 from distill.frozen import trainable_copy
 from distill.guidance import ClassifierFreeGuidance
 from distill.methods.base import Method
@@ -335,9 +335,11 @@ def test_guidance_of_samples_can_be_set(source):
 
 def test_the_boundary_is_part_of_what_is_sampled():
     plain, bounded = distillation(), distillation()
-    bounded.boundary = KarrasBoundary()
+    bounded.boundary = ScaledBoundary(0.5, 1.0)
     cond, null = conditions(4)
-    assert not torch.allclose(plain.draw(2, range(4), cond, null), bounded.draw(2, range(4), cond, null), atol=1e-3)
+    network, bound = (method.draw(1, range(4), cond, null) for method in (plain, bounded))
+    noise = SeededNoise(0, range(4), SHAPE).draw()
+    assert torch.allclose(bound, 0.25 / 1.25 * noise + 1.25**-0.5 * network, atol=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -355,11 +357,12 @@ def test_drawing_leaves_no_trace(training):
 
 
 def test_what_cannot_be_drawn_is_said():
-    alone = Consistency(
-        GridPairs(UniformGrid(), ConstantPoints(8)), SquaredDistance(), Optimization(), evaluation(), student=small(num_classes=2)
-    )
+    pairs = GridPairs(UniformGrid(), ConstantPoints(8))
+    alone = Consistency(pairs, SquaredDistance(), Optimization(), evaluation(), small(num_classes=2))
     with pytest.raises(ValueError, match="model.teacher"):
         alone.draw(1, range(2), *conditions(2), source="teacher")
+    with pytest.raises(ValueError, match="source='techer'"):
+        alone.draw(1, range(2), *conditions(2), source="techer")
     with pytest.raises(ValueError, match="steps=0"):
         alone.draw(0, range(2), *conditions(2))
     assert not alone.has_teacher and distillation().has_teacher
@@ -382,6 +385,17 @@ class Mean(Metric):
 
     def compute(self) -> Tensor:
         return torch.stack(self.parts).mean()
+
+
+def test_default_evaluation_works_in_plain_python():
+    plain, method = Evaluation(), distillation()
+    cond, null = conditions(4)
+    expected = method.draw(2, range(4), cond, null)
+    method.evaluation.sampler, method.evaluation.teacher_sampler = plain.sampler, plain.teacher_sampler
+    assert torch.equal(method.draw(2, range(4), cond, null), expected)
+    assert method.draw(2, range(4), cond, null, source="teacher").shape == expected.shape
+    with pytest.raises(ValueError, match=r"steps=\[0\]"):
+        Evaluation(steps=[0])
 
 
 def test_validation_measures_numbered_samples_of_the_average():
@@ -430,5 +444,3 @@ def test_student_starts_as_a_trained_copy_of_its_teacher():
     assert copied.training and all(p.requires_grad for p in copied.parameters())
     assert same(dict(copied.state_dict()), dict(teacher.state_dict()))
     assert not {p.data_ptr() for p in copied.parameters()} & {p.data_ptr() for p in teacher.parameters()}
-
-

@@ -1,4 +1,4 @@
-"""Teacher training: the loss is least at the exact denoiser, in every prediction type, and a network that is trained gets there."""
+"""Teacher training: the loss is least at the exact denoiser in every prediction type, and a trained network gets there."""
 
 from __future__ import annotations
 

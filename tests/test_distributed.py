@@ -15,7 +15,22 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FixedTimes, Watch, batch_of, closest, evaluation, everything, fit, game, joined, of_part, same, small, two_classes
+from helpers import (
+    FixedTimes,
+    Trapped,
+    Watch,
+    batch_of,
+    closest,
+    evaluation,
+    everything,
+    fit,
+    game,
+    joined,
+    of_part,
+    same,
+    small,
+    two_classes,
+)
 from pytorch_lightning import Callback
 from torch import Tensor
 
@@ -81,10 +96,19 @@ def bad_on_one_rank(rank: int, build: Any, strategy: str, bad_rank: int, batch: 
         batches[batch].x0.fill_(float("nan")), batches[batch].noise.fill_(float("nan"))
     watch = Watch()
     fit(build(), batches, 4, watch, strategy=strategy, devices=2)
-    moved = {
-        part: [watch.moved(batch, part) for batch in range(4)] for part in ("student", "ema", "critic") if of_part(watch.states[0], part)
-    }
+    parts = [part for part in ("student", "ema", "critic") if of_part(watch.states[0], part)]
+    moved = {part: [watch.moved(batch, part) for batch in range(4)] for part in parts}
     return {"moved": moved, "end": watch.states[-1]}
+
+
+def bad_loss_with_a_good_gradient(rank: int) -> dict[str, Any]:
+    """The gradients that the ranks exchange say nothing of it: only the flag does."""
+    batches = [parted(number, rank) for number in range(3)]
+    for number, batch in enumerate(batches):
+        batch.cond["trap"] = batch.null["trap"] = torch.full((len(batch),), int(number == 1 and rank == 1))
+    watch = Watch()
+    fit(Trapped(small(), FixedTimes(), Optimization(adam), evaluation()), batches, 3, watch, strategy="ddp", devices=2)
+    return {"moved": [watch.moved(batch, "student") for batch in range(3)], "end": watch.states[-1]}
 
 
 def bad_for_ever_on_one_rank(rank: int) -> str:
@@ -131,6 +155,7 @@ def all_scenarios(rank: int) -> dict[str, Any]:
     found["bad/fused"] = bad_on_one_rank(rank, lambda: denoising(optimizer=adam), "ddp", bad_rank=1)
     found["bad/plain"] = bad_on_one_rank(rank, lambda: denoising(optimizer=torch.optim.RAdam), "ddp", bad_rank=0)
     found["bad/two players"] = bad_on_one_rank(rank, two_players, UNUSED, bad_rank=1)
+    found["bad loss"] = bad_loss_with_a_good_gradient(rank)
     found["bad for ever"] = bad_for_ever_on_one_rank(rank)
     found["drawn"] = drawn(rank)
     found["distilled"] = distilled(rank)
@@ -140,8 +165,8 @@ def all_scenarios(rank: int) -> dict[str, Any]:
 
 def start(rank: int, port: int, folder: Path) -> subprocess.Popen:
     """One of the two processes: this file as a program."""
-    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "NODE_RANK": 0, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}
-    environment = os.environ | {key: str(value) for key, value in names.items()}
+    names = {"MASTER_PORT": port, "WORLD_SIZE": 2, "NODE_RANK": 0, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1"} | {key: str(value) for key, value in names.items()}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     words = [sys.executable, __file__, str(rank), str(folder)]
     return subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -157,7 +182,7 @@ def ranks(tmp_path_factory):
     processes = [start(rank, port, folder) for rank in (0, 1)]
     try:
         for process in processes:
-            output = process.communicate(timeout=180)[0]
+            output = process.communicate(timeout=100)[0]
             assert process.returncode == 0, output[-4000:]
     finally:
         for process in processes:
@@ -191,10 +216,15 @@ def test_a_bad_batch_of_one_rank_is_skipped_by_all(ranks, kind):
     assert same(*[found[f"bad/{kind}"]["end"] for found in ranks])
 
 
+def test_a_bad_loss_of_one_rank_is_skipped_by_all_though_no_gradient_shows_it(ranks):
+    assert all(found["bad loss"]["moved"] == [True, False, True] for found in ranks)
+    assert same(*[found["bad loss"]["end"] for found in ranks])
+
+
 def test_a_bad_batch_of_one_rank_is_skipped_in_a_players_turn(ranks):
     """Critic, critic, student (bad), critic: the critic's last turn is untouched by it."""
-    for found in ranks:
-        assert found["bad/two players"]["moved"] == {"student": [False] * 4, "ema": [False] * 4, "critic": [True, True, False, True]}
+    expected = {"student": [False] * 4, "ema": [False] * 4, "critic": [True, True, False, True]}
+    assert all(found["bad/two players"]["moved"] == expected for found in ranks)
     assert same(*[found["bad/two players"]["end"] for found in ranks])
 
 
@@ -210,7 +240,8 @@ def test_ranks_draw_different_numbers(ranks):
 def test_ranks_agree_on_every_weight_though_their_draws_differ(ranks):
     first, second = (found["distilled"] for found in ranks)
     assert same(first, second) and of_part(first, "target")
-    assert closest(of_part(first, "student"), {f"student.{key}": value for key, value in small(dropout=0.2).state_dict().items()}) > 1e-3
+    untrained = {f"student.{key}": value for key, value in small(dropout=0.2).state_dict().items()}
+    assert closest(of_part(first, "student"), untrained) > 1e-3
 
 
 def test_two_players_under_plain_ddp_end_with_advice(ranks):

@@ -6,7 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Data, FixedTimes, Watch, batch_of, closest, evaluation, everything, fit, game, joined, of_part, same, small, trainer
+from helpers import (
+    Data,
+    FixedTimes,
+    Trapped,
+    Watch,
+    batch_of,
+    closest,
+    evaluation,
+    everything,
+    fit,
+    game,
+    joined,
+    of_part,
+    same,
+    small,
+    trainer,
+)
 from pytorch_lightning import Callback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -14,7 +30,7 @@ from torch import Tensor
 from distill.methods.base import Method
 from distill.methods.denoising import DenoisingTraining
 from distill.optimization import LearningRate, Optimization, SkippedSteps
-from distill.types import Batch, Losses
+from distill.types import Batch
 
 
 class Spy(torch.optim.SGD):
@@ -124,7 +140,8 @@ def test_two_accumulated_batches_equal_one_of_both(build):
     """Both players have turns; clipping acts on the whole gradient."""
     halves = [batch_of(number) for number in range(8)]
     wholes = [joined(first, second) for first, second in zip(halves[::2], halves[1::2])]
-    parts, whole = build(optimizer=sgd, accumulate_batches=2, gradient_clip_norm=0.3), build(optimizer=sgd, gradient_clip_norm=0.3)
+    settings = {"optimizer": sgd, "gradient_clip_norm": 0.3}
+    parts, whole = build(accumulate_batches=2, **settings), build(**settings)
     before = {key: value.clone() for key, value in whole.state_dict().items()}
     assert fit(parts, halves, 4).global_step == fit(whole, wholes, 4).global_step == 4
     assert closest(parts.state_dict(), whole.state_dict()) < 1e-6
@@ -152,15 +169,6 @@ def test_the_trainers_own_flags_are_refused(flag):
 
 
 # ---------------------------------------------------------------------------------------------------------- not finite
-
-
-class Trapped(DenoisingTraining):
-    """Flow matching in which batches carry a trap: 1 makes the loss NaN, 2 leaves it as it is and makes its gradient infinite."""
-
-    def losses(self, batch: Batch) -> Losses:
-        loss, trap = super().losses(batch)["loss"], int(batch.cond["trap"][0])
-        bias = self.student.network.first.bias.sum()
-        return {"loss": loss + (0.0, float("nan"), (bias - bias.detach()).sqrt())[trap]}
 
 
 def traps(*kinds: int) -> list[Batch]:

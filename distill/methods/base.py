@@ -208,6 +208,8 @@ class Method(LightningModule, ABC):
             raise ValueError("The student's network does not say the shape of its samples; give it a 'shape' (c, h, w).")
         fresh = SeededNoise(seed, indices, shape)
         noise = fresh.draw(self.device)
+        if source not in ("ema", "student", "teacher"):
+            raise ValueError(f"source={source!r}: give 'ema', 'student' or 'teacher'.")
         if source == "teacher":
             rule = self.guidance if guidance is None else ClassifierFreeGuidance(guidance)
             denoiser = self.teacher if rule is None else rule(self.teacher, null)

@@ -1,0 +1,92 @@
+"""Every recipe trains, and a run that is killed and continued ends in the same bits as one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.checkpoints import read_checkpoint
+from distill.cli import load_run, main
+from distill.denoiser import NetworkDenoiser
+from distill.networks.unet2d import UNet2D
+from distill.pretrained import PretrainedDenoiser, save_denoiser
+from distill.schedules import RectifiedFlow
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+RECIPES = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name not in ("data", "teachers"))
+QUICK = ["--data.init_args.batch_size=8", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder in which the digits recipes find an untrained teacher of the right kind."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    network = UNet2D(num_classes=10, channels=(32, 64), layers_per_block=1)
+    save_denoiser(NetworkDenoiser(network, RectifiedFlow(), "flow"), "runs/digits/teacher/export")
+    return tmp_path
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_recipe_trains_two_steps(recipe: Path, folder: Path) -> None:
+    main(["fit", "--config", str(recipe), "--trainer.max_steps=2", "--trainer.default_root_dir=run", *QUICK])
+    state = read_checkpoint("run/checkpoints/last.ckpt")
+    assert state["global_step"] == state["distill"]["batches_seen"] == 2
+    assert not any("teacher" in key for key in state["state_dict"])
+    _, method, _ = load_run("run")
+    before = dict(PretrainedDenoiser("runs/digits/teacher/export").named_parameters())
+    moved = [name for name, value in method.student.named_parameters() if name in before and not value.equal(before[name])]
+    assert len(moved) > 0.9 * len(before)
+
+
+def test_the_trained_teacher_is_exported_and_drives_a_student(folder: Path) -> None:
+    main(["fit", "--config", str(CONFIGS / "digits/teacher.yaml"), "--trainer.max_steps=1", "--ckpt_path=last", *QUICK])
+    _, method, _ = load_run("runs/digits/teacher")
+    exported = PretrainedDenoiser("runs/digits/teacher/export").state_dict()
+    assert all(value.equal(exported[key]) for key, value in method.ema.module.state_dict().items())
+
+
+def start(run: str, *more: str) -> subprocess.Popen:
+    """A fit of the latent-consistency recipe (student, average, target average) in a process of its own."""
+    command = [sys.executable, "-m", "distill", "fit", "--config", str(CONFIGS / "digits/lcm.yaml"), "--ckpt_path=last"]
+    options = [f"--trainer.default_root_dir={run}", "--trainer.max_steps=30", "--checkpoint.every_n_steps=3", *QUICK, *more]
+    return subprocess.Popen([*command, *options], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+
+
+def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(folder: Path) -> None:
+    whole = start("whole")
+    cut = start("cut")
+    rows = Path("cut/csv/metrics.csv")
+    newest = Path("cut/checkpoints/last.ckpt")
+    wanted = random.SystemRandom().randrange(3, 27)
+    while cut.poll() is None and not (newest.is_file() and read_checkpoint(newest)["global_step"] >= wanted):
+        time.sleep(0.02)
+    cut.send_signal(signal.SIGKILL)
+    assert cut.wait() == -signal.SIGKILL, "the run ended before it was killed"
+    assert read_checkpoint(newest)["global_step"] < 30
+    assert start("cut").wait() == 0 and whole.wait() == 0
+    expected, found = read_checkpoint("whole/checkpoints/last.ckpt"), read_checkpoint(newest)
+    assert found["global_step"] == expected["global_step"] == 30
+    for key in ("state_dict", "optimizer_states", "distill", "DigitsDataModule"):
+        assert same(expected[key], found[key]), f"{key} differs after a kill at step {wanted} or later"
+    assert rows.is_file() and len(json.loads(Path("cut/environment.json").read_text())) == 2
+
+
+def same(first: object, second: object) -> bool:
+    """Whether two nests of plain types and tensors are equal to the bit."""
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and first.dtype == second.dtype and first.equal(second)
+    if isinstance(first, dict):
+        return isinstance(second, dict) and first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))  # type: ignore[arg-type]
+    return first == second

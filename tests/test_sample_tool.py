@@ -1,0 +1,63 @@
+"""tools/sample.py: what it writes, and that a sample depends on the seed and its own number alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from distill.denoiser import NetworkDenoiser
+from distill.networks.unet2d import UNet2D
+from distill.pretrained import save_denoiser
+from distill.schedules import RectifiedFlow
+
+TOOL = Path(__file__).resolve().parent.parent / "tools" / "sample.py"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("teacher")
+    save_denoiser(NetworkDenoiser(UNet2D(channels=(8, 16), layers_per_block=1), RectifiedFlow(), "flow"), folder)
+    return folder
+
+
+def sample(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_samples_do_not_depend_on_the_batch(teacher: Path, tmp_path: Path) -> None:
+    common = ["--teacher", teacher, "--steps", 2, "--num", 7, "--guidance", 2.0, "--labels", 3, 8]
+    for name, size in (("whole", 7), ("parts", 3)):
+        done = sample(*common, "--batch-size", size, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    whole, parts = (numpy.load(tmp_path / name / "samples.npz") for name in ("whole", "parts"))
+    assert whole["arr_0"].shape == (7, 8, 8, 1) and whole["arr_0"].dtype == numpy.uint8
+    assert whole["arr_1"].tolist() == [3, 8, 3, 8, 3, 8, 3]
+    # A batch of another size may round otherwise in its last bit, and a pixel then falls into the next byte.
+    assert abs(whole["arr_0"].astype(int) - parts["arr_0"]).max() <= 1
+    assert whole["arr_0"].std() > 10
+    record = json.loads((tmp_path / "whole" / "samples.json").read_text())
+    assert (record["seed"], record["steps"], record["guidance"], record["solver"]) == (0, 2, 2.0, "heun")
+    assert (tmp_path / "whole" / "grid.png").stat().st_size > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", "0"], ["--steps=0", "at least 1"]),
+        (["--num", "-2"], ["--num=-2", "at least 1"]),
+        (["--labels", "11"], ["--labels=[11]", "0 to 9"]),
+        (["--teacher", "nowhere"], ["path='nowhere'", "give a diffusers folder"]),
+        (["--run", "nowhere"], ["not allowed with"]),
+    ],
+)
+def test_bad_options_are_named(arguments: list[str], words: list[str], teacher: Path, tmp_path: Path) -> None:
+    done = sample("--teacher", teacher, "--out", tmp_path, *arguments)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
