@@ -191,16 +191,19 @@ class RunCheckpoint(Checkpoint):
         sign = 1 if self.mode == "min" else -1
         if self.best is None or sign * value < sign * self.best:
             self.best = value
-            self.save(trainer, again=True)
-            if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if self.save(trainer, again=True) and trainer.is_global_zero:
                 folder = checkpoint_folder(trainer.default_root_dir)
                 link_or_copy(folder / "last.ckpt", folder / "best.ckpt")
 
-    def save(self, trainer: Trainer, again: bool = False) -> None:
-        """Saves the present step, once unless ``again``. Every rank must call it. Nothing is saved under fast_dev_run."""
+    def save(self, trainer: Trainer, again: bool = False) -> bool:
+        """Saves the present step, once unless ``again``, and says whether it did. Every rank must call it.
+
+        Nothing is saved under fast_dev_run, nor within an accumulated step: the next interval saves.
+        """
         step = trainer.global_step
-        if trainer.fast_dev_run or (step == self.saved_step and not again):  # type: ignore[attr-defined]
-            return
+        within = getattr(trainer.lightning_module, "within_step", False)
+        if trainer.fast_dev_run or within or (step == self.saved_step and not again):  # type: ignore[attr-defined]
+            return False
         folder = checkpoint_folder(trainer.default_root_dir)
         trainer.save_checkpoint(folder / "last.ckpt", weights_only=False)
         self.saved_step = step
@@ -209,6 +212,7 @@ class RunCheckpoint(Checkpoint):
             steps = sorted(folder.glob("step_*.ckpt"))
             for old in steps[: -self.keep] if self.keep > 0 else []:
                 old.unlink()
+        return True
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -1,7 +1,7 @@
-"""Denoisers: a network, its schedule and what it predicts, behind one call ``(x_t, t, cond) -> x0``; and frozen networks.
+"""Denoisers: a network, its schedule and what it predicts, behind one call ``(x_t, t, cond) -> x0``.
 
-Whatever the network predicts, ``x0 = skip(t) x_t + out(t) F(scale(t) x_t, t)``: the three numbers of each prediction type are in
-`coefficients`, what F is trained to be in `target_coefficients`, and everything else follows from them.
+Whatever the network predicts, ``x0 = skip(t) x_t + out(t) F(scale(t) x_t, t)``: the three numbers of each type of prediction
+are in `coefficients`, and everything else follows from them.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Denoiser(nn.Module, ABC):
         Noise levels beyond this denoiser's own schedule are taken to its end points, its inputs keep the scale that it
         expects there.
         """
-        return self if schedule is self.schedule else ScheduleView(self, schedule)
+        return self if schedule.same_as(self.schedule) else ScheduleView(self, schedule)
 
 
 class NetworkDenoiser(Denoiser):

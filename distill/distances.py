@@ -89,7 +89,7 @@ class LPIPS(Distance):
         wanted = {key.split(".", 1)[1]: key for key in backbone.state_dict() if key.startswith("slice")}
         missing = sorted(set(wanted) - set(features))
         if missing:
-            raise ValueError(f"distance.weights lacks {missing[:3]}: give the state dict of the backbone that distance.net names.")
+            raise ValueError(f"distance.weights lacks {missing[:3]}: give the state dict of the backbone named by net.")
         backbone.load_state_dict({own: features[name] for name, own in wanted.items()})
 
     def _prepare(self, x: Sample) -> Tensor:

@@ -114,4 +114,4 @@ class EMA(nn.Module):
             weight = torch.where(keep, 0.0, weight)
             torch._foreach_lerp_(list(averages), list(values), [weight.to(a.dtype) for a in averages])
         for own, other in zip(self.module.buffers(), module.buffers(), strict=True):
-            own.copy_(other)
+            own.copy_(other if keep is None else torch.where(keep, own, other))

@@ -194,7 +194,7 @@ class ConstantPoints(Curriculum):
 
 
 class SquareRootPoints(Curriculum):
-    """``N(k) = ceil(sqrt(k/K ((s1+1)^2 - s0^2) + s0^2) - 1) + 1`` (consistency training, Song et al. 2303.01469, appendix C)."""
+    """``N(k) = ceil(sqrt(k/K ((s1+1)^2 - s0^2) + s0^2) - 1) + 1`` (CT, Song et al. 2303.01469, appendix C)."""
 
     def __init__(self, total_steps: int, start: int = 2, end: int = 150):
         _rising_curriculum(total_steps, start, end)
@@ -279,8 +279,8 @@ class GridPairs(TimePairs):
 class RatioPairs(TimePairs):
     """Easy consistency tuning (Geng et al. 2406.14548): noise levels ``s_u = s_t max(0, 1 - n(s_t) / q^(a+1))``.
 
-    ``n(s) = 1 + k sigmoid(-b s)``, stage ``a = step // stage_steps``, ``s_t`` from ``times``. At stage 0 many ``u`` are the data
-    itself, so that training begins as denoising and tightens to consistency.
+    ``n(s) = 1 + k sigmoid(-b s)``, stage ``a = step // stage_steps``, ``s_t`` from ``times``. At stage 0 many ``u`` are the
+    data itself, so that training begins as denoising and tightens to consistency.
 
     Args:
         times: law of t; log-normal (-1.1, 2.0) on CIFAR-10 and (-0.8, 1.6) on ImageNet-64.

@@ -22,7 +22,7 @@ from helpers import (
     trainer,
     two_classes,
 )
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -444,3 +444,19 @@ def test_student_starts_as_a_trained_copy_of_its_teacher():
     assert copied.training and all(p.requires_grad for p in copied.parameters())
     assert same(dict(copied.state_dict()), dict(teacher.state_dict()))
     assert not {p.data_ptr() for p in copied.parameters()} & {p.data_ptr() for p in teacher.parameters()}
+
+
+def test_a_checkpoint_within_an_accumulated_step_is_refused(tmp_path):
+    class Save(Callback):
+        outcomes: list[str] = []
+
+        def on_train_batch_end(self, trainer: Trainer, *others: Any) -> None:
+            try:
+                trainer.save_checkpoint(tmp_path / "any.ckpt")
+                self.outcomes.append("saved")
+            except RuntimeError as error:
+                self.outcomes.append(str(error))
+
+    fit(distillation(accumulate_batches=2), loose(4), 2, Save())
+    assert [outcome == "saved" for outcome in Save.outcomes] == [False, True, False, True]
+    assert "accumulate_batches" in Save.outcomes[0]

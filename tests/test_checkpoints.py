@@ -219,6 +219,7 @@ class FakeTrainer(SimpleNamespace):
 def trainer(tmp_path):
     return FakeTrainer(
         default_root_dir=str(tmp_path),
+        lightning_module=SimpleNamespace(within_step=False),
         global_step=0,
         max_steps=10,
         saves=0,
@@ -260,6 +261,14 @@ def test_saves_at_the_interval_and_at_the_last_step_once(trainer, keep, expected
     callback.on_train_end(trainer, MODULE)
     assert files(trainer) == expected
     assert trainer.saves == 3
+
+
+def test_nothing_is_saved_within_an_accumulated_step(trainer):
+    callback = RunCheckpoint(4)
+    trainer.global_step, trainer.lightning_module.within_step = 4, True
+    assert not callback.save(trainer) and files(trainer) == {}
+    trainer.lightning_module.within_step = False
+    assert callback.save(trainer) and files(trainer)["last.ckpt"] == 4
 
 
 def test_a_run_that_ends_early_saves_where_it_ended(trainer):

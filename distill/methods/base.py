@@ -213,11 +213,11 @@ class Method(LightningModule, ABC):
         if source == "teacher":
             rule = self.guidance if guidance is None else ClassifierFreeGuidance(guidance)
             denoiser = self.teacher if rule is None else rule(self.teacher, null)
-            return self.evaluation.teacher_sampler(denoiser, noise, cond, steps, fresh)
+            return self.evaluation.sample_teacher(denoiser, noise, cond, steps, fresh)
         module: Denoiser = {"ema": self.ema.module, "student": self.student}[source]
         denoiser, cond = self.guided_generator(self.generator(module), cond, null, guidance)
         training = module.training
-        samples = self.evaluation.sampler(denoiser.eval(), noise, cond, steps, fresh)
+        samples = self.evaluation.sample_student(denoiser.eval(), noise, cond, steps, fresh)
         module.train(training)
         return samples
 
@@ -265,7 +265,17 @@ class Method(LightningModule, ABC):
                     f"give a {key} with as many classes as the data."
                 )
 
+    @property
+    def within_step(self) -> bool:
+        """Whether some, not all, batches of an accumulated step are done; their gradients are in no checkpoint."""
+        return self.batches_seen % self.optimization.accumulate_batches > 0
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.within_step:
+            raise RuntimeError(
+                f"A checkpoint after batch {self.batches_seen} would lose gradients: a step accumulates "
+                f"{self.optimization.accumulate_batches} batches (optimization.accumulate_batches); save at the end of a step."
+            )
         teacher = None if self._teacher is None else identity_of(self._teacher.module)
         checkpoint["distill"] = {"batches_seen": self.batches_seen, "teacher": teacher}
 
