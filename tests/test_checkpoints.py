@@ -266,7 +266,7 @@ def test_saves_at_the_interval_and_at_the_last_step_once(trainer, keep, expected
 def test_nothing_is_saved_within_an_accumulated_step(trainer):
     callback = RunCheckpoint(4)
     trainer.global_step, trainer.lightning_module.within_step = 4, True
-    assert not callback.save(trainer) and files(trainer) == {}
+    assert not callback.save(trainer) and trainer.saves == 0
     trainer.lightning_module.within_step = False
     assert callback.save(trainer) and files(trainer)["last.ckpt"] == 4
 

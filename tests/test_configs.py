@@ -55,6 +55,32 @@ def test_the_trained_teacher_is_exported_and_drives_a_student(folder: Path) -> N
     assert all(value.equal(exported[key]) for key, value in method.ema.module.state_dict().items())
 
 
+TEACHER = "--model.init_args.teacher.init_args"
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (f"{TEACHER}.path=nowhere", ["model.teacher.path='nowhere'", "give a diffusers folder"]),
+        (f"{TEACHER}.path=colour", ["model.teacher works on samples of shape (3, 8, 8)", "(1, 8, 8)", "give a teacher"]),
+        (f"{TEACHER}.path=letters", ["model.teacher has 26 classes, but data has 10", "give a teacher"]),
+        (f"{TEACHER}.schedule=VariancePreserving", ["model.teacher.schedule=Var", "says RectifiedFlow(shift=1.0)", "leave"]),
+        (f"{TEACHER}.prediction=eps", ["model.teacher.prediction='eps'", "says 'flow'", "leave prediction out"]),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_named(
+    option: str, words: list[str], folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for name, channels, classes in (("colour", 3, 10), ("letters", 1, 26)):
+        network = UNet2D(in_channels=channels, num_classes=classes, channels=(8, 16), layers_per_block=1)
+        save_denoiser(NetworkDenoiser(network, RectifiedFlow(), "flow"), name)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["fit", "--config", str(CONFIGS / "digits/cd.yaml"), "--trainer.default_root_dir=run", option])
+    said = capsys.readouterr().err
+    assert exit_info.value.code == 2 and "Traceback" not in said and all(word in said for word in words), said
+    assert not Path("run").exists()
+
+
 def start(run: str, *more: str) -> subprocess.Popen:
     """A fit of the latent-consistency recipe (student, average, target average) in a process of its own."""
     command = [sys.executable, "-m", "distill", "fit", "--config", str(CONFIGS / "digits/lcm.yaml"), "--ckpt_path=last"]

@@ -251,7 +251,7 @@ class Method(LightningModule, ABC):
         Raises:
             ValueError: naming the keys and both values.
         """
-        for key, denoiser in (("student", self.student), ("teacher", self._teacher and self._teacher.module)):
+        for key, denoiser in (("teacher", self._teacher and self._teacher.module), ("student", self.student)):
             if denoiser is None:
                 continue
             if denoiser.shape is not None and denoiser.shape != spec.shape:
