@@ -1,4 +1,4 @@
-"""Extra inputs to an existing network. Here: a scalar added to its time embedding, zero at first."""
+"""Extra inputs to an existing network. Here: a scalar added to what its time embedding is made of, zero at first."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def sinusoid(value: Time, dimension: int) -> Tensor:
 
 
 class ScalarInput(nn.Module):
-    """One more scalar in a network's time embedding: ``embedding += W sinusoid(1000 (value - origin))``, W zero at first.
+    """One more scalar in a network's time embedding: ``MLP(time + W sinusoid(1000 (value - origin)))``, W zero at first.
 
-    The embedding of the guidance scale in latent consistency models (Luo et al. 2310.04378, as in diffusers' training script;
-    Meng et al. 2210.03142 embed it alike), but with a zero-initialised ``W``, so that the student starts as its teacher.
+    Where latent consistency models put the guidance scale (Luo et al. 2310.04378, diffusers' ``time_cond_proj_dim``; Meng et
+    al. 2210.03142 embed it alike), but with a zero-initialised ``W``, so that the student starts as its teacher.
 
     Args:
-        embedding: the module whose output ``(b, width)`` is the time embedding; it is hooked, its keys do not change.
-        width: size of the embedding.
+        embedding: the time embedding's MLP, whose input is ``(b, width)``; it is hooked, its keys do not change.
+        width: size of that input.
         origin: the value that is embedded as 0 (1 for a guidance scale: LCM embeds ``scale - 1``).
         dimension: number of sines and cosines.
     """
@@ -39,9 +39,10 @@ class ScalarInput(nn.Module):
         nn.init.zeros_(self.projection.weight)
         self.value: Time | None = None
         # A bound method, not a closure: a deep copy of the network then hooks the copy's own scalar input.
-        embedding.register_forward_hook(self._add)
+        embedding.register_forward_pre_hook(self._add)
 
-    def _add(self, module: nn.Module, inputs: Any, embedding: Tensor) -> Tensor:
+    def _add(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         if self.value is None:
             raise ValueError("The network has an extra scalar input and was called without a value for it.")
-        return embedding + self.projection(sinusoid(1000 * (self.value - self.origin), self.dimension)).to(embedding.dtype)
+        own = self.projection(sinusoid(1000 * (self.value - self.origin), self.dimension))
+        return (inputs[0] + own.to(inputs[0].dtype), *inputs[1:])

@@ -6,6 +6,7 @@ it leaves a broken ``last.ckpt``), never flushes to disk, and swallows Permissio
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import shutil
@@ -133,7 +134,7 @@ class RunCheckpoint(Checkpoint):
     Args:
         every_n_steps: optimiser steps between two saves.
         keep: how many ``step_*.ckpt`` stay, the newest; 0 for none, -1 for all.
-        monitor: logged validation figure that ``best.ckpt`` follows, e.g. ``val/frechet/1``; None for no ``best.ckpt``.
+        monitor: logged validation figure that ``best.ckpt`` follows, e.g. ``val/frechet_pixels/1``; None for no ``best.ckpt``.
         mode: ``min`` if smaller is better, ``max`` if larger.
 
     Raises:
@@ -188,6 +189,8 @@ class RunCheckpoint(Checkpoint):
             known = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             raise ValueError(f"checkpoint.monitor={self.monitor}: not among the logged figures ({known}); use one, or null")
         value = float(trainer.callback_metrics[self.monitor])
+        if math.isnan(value):
+            return  # a figure of samples that are not finite; compared with, it would never be beaten
         sign = 1 if self.mode == "min" else -1
         if self.best is None or sign * value < sign * self.best:
             self.best = value

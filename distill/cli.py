@@ -28,6 +28,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 import datamodules
 import distill
 from distill.callbacks.loggers import run_loggers
+from distill.callbacks.predictions import PredictionWriter
 from distill.callbacks.random_state import RandomState
 from distill.callbacks.run_record import RunRecord
 from distill.callbacks.sample_grid import SampleGrid
@@ -42,6 +43,7 @@ EXPECTED_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own call
     r"`torch.jit.script` is deprecated",  # a dependency's
 )
+PRECISIONS = ("32", "32-true", "64", "64-true", "bf16", "bf16-mixed")
 PROGRAM = ("distill.cli", "distill.__main__")
 
 
@@ -93,8 +95,9 @@ def check_trainer(trainer: Namespace, fitting: bool) -> None:
     for key, unset, ours in own:
         if (value := trainer[key]) != unset:
             raise Refusal(f"trainer.{key}={value}: methods do this themselves; set model.optimization.{ours}={value} instead")
-    if str(trainer.precision).startswith(("16", "transformer-engine-float16")):
-        raise Refusal(f"trainer.precision={trainer.precision}: losses are not scaled for half precision; use bf16-mixed")
+    if str(trainer.precision) not in PRECISIONS:
+        reason = "losses are not scaled for half precision, and averages and optimisers need 32 bits"
+        raise Refusal(f"trainer.precision={trainer.precision}: {reason}; use bf16-mixed, or one of {', '.join(PRECISIONS)}")
     steps = trainer.max_steps
     if steps == 0 or steps < -1:
         raise Refusal(f"trainer.max_steps={steps}: must be a positive number of steps, e.g. --trainer.max_steps=1000")
@@ -154,8 +157,10 @@ class DistillCLI(LightningCLI):
         """
         run, which = config.trainer.default_root_dir, config.ckpt_path
         there = sorted(checkpoint_folder(run).glob("*.ckpt"))
+        if which is None and subcommand != "fit":
+            which = "last"  # without a checkpoint, untrained weights would be measured
         if which is None:
-            if subcommand == "fit" and there and not config.trainer.fast_dev_run:
+            if there and not config.trainer.fast_dev_run:
                 raise Refusal(
                     f"trainer.default_root_dir={run}: holds checkpoints of a run ({there[0].name} ...); continue it "
                     "with --ckpt_path last, or start another with --trainer.default_root_dir=FOLDER"
@@ -203,7 +208,7 @@ class DistillCLI(LightningCLI):
         kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         if SLURMEnvironment.detect():  # Lightning's requeue loses checkpoints, and leaves hpc_ckpt files that override ours
             kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
-        callbacks: list[Callback] = [RandomState()]
+        callbacks: list[Callback] = [RandomState(), *([PredictionWriter()] if self.subcommand == "predict" else [])]
         if config.enable_progress_bar is not False:
             callbacks.append(StepProgressBar())
         if config.logger in (None, True):

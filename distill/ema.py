@@ -99,19 +99,19 @@ class EMA(nn.Module):
         return self
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int, images: int, keep: Tensor | None = None) -> None:
+    def update(self, module: nn.Module, step: int, images: int, skipped: Tensor | None = None) -> None:
         """Moves towards ``module`` after optimiser step ``step`` (0-based) on ``images`` images of all ranks.
 
-        ``keep`` is a scalar bool tensor that, where true, leaves the average as it is (a skipped step), without asking the
+        ``skipped`` is a scalar bool tensor that, where true, leaves the average as it is (a skipped step), without asking the
         device for its value.
         """
-        weight: Any = 1 - self.averaging.decay(step, images)
+        weight = 1 - self.averaging.decay(step, images)
         pairs = zip(self.module.parameters(), module.parameters(), strict=True)
-        averages, values = zip(*[(a, p.detach()) for a, p in pairs if a is not p], strict=True)
-        if keep is None:
-            torch._foreach_lerp_(list(averages), list(values), weight)
-        else:
-            weight = torch.where(keep, 0.0, weight)
-            torch._foreach_lerp_(list(averages), list(values), [weight.to(a.dtype) for a in averages])
+        own_pairs = [(average, value.detach()) for average, value in pairs if average is not value]
+        if own_pairs:
+            averages, values = zip(*own_pairs, strict=True)
+            differences = torch._foreach_sub(values, averages)
+            torch._foreach_mul_(differences, weight if skipped is None else weight * (~skipped))
+            torch._foreach_add_(averages, differences)
         for own, other in zip(self.module.buffers(), module.buffers(), strict=True):
-            own.copy_(other if keep is None else torch.where(keep, own, other))
+            own.copy_(other if skipped is None else torch.where(skipped, own, other))

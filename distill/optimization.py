@@ -25,7 +25,7 @@ class LearningRate:
         warmup_steps: steps of linear rise from 0 (the first step has ``1 / warmup_steps``).
         decay: ``constant``; ``linear`` or ``cosine`` to ``end`` at ``total_steps``; ``inverse_sqrt``:
             ``1 / sqrt(max(step / reference_steps, 1))`` (EDM2, Karras et al. 2312.02696).
-        total_steps: the step budget of ``linear`` and ``cosine``.
+        total_steps: the step budget of ``linear`` and ``cosine``; None for that of the run, ``trainer.max_steps``.
         end: last factor of ``linear`` and ``cosine``.
         reference_steps: of ``inverse_sqrt``.
     """
@@ -39,19 +39,25 @@ class LearningRate:
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps={self.warmup_steps}: give 0 or more.")
-        if self.decay in ("linear", "cosine") and not (self.total_steps and self.total_steps > self.warmup_steps):
-            raise ValueError(f"total_steps={self.total_steps}: decay={self.decay!r} needs the step budget, above warmup_steps.")
+        if self.total_steps is not None and self.total_steps <= self.warmup_steps:
+            raise ValueError(f"total_steps={self.total_steps}: give more than warmup_steps={self.warmup_steps}, or null.")
 
-    def factor(self, step: int) -> float:
-        """Factor in [0, 1] at 0-based ``step``."""
+    def factor(self, step: int, run_steps: int = -1) -> float:
+        """Factor in [0, 1] at 0-based ``step`` of a run of ``run_steps``.
+
+        Raises:
+            ValueError: a decay to an end, and neither ``total_steps`` nor the run says where it is.
+        """
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if self.decay == "inverse_sqrt":
             return 1 / math.sqrt(max(step / self.reference_steps, 1))
         if self.decay == "constant":
             return 1.0
-        assert self.total_steps is not None
-        done = min((step - self.warmup_steps) / (self.total_steps - self.warmup_steps), 1.0)
+        total = run_steps if self.total_steps is None else self.total_steps
+        if total < 0:
+            raise ValueError(f"learning_rate.total_steps=null: decay={self.decay!r} needs it, or trainer.max_steps.")
+        done = min((step - self.warmup_steps) / max(total - self.warmup_steps, 1), 1.0)
         left = 1 - done if self.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
         return self.end + (1 - self.end) * left
 

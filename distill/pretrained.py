@@ -28,6 +28,8 @@ def read_scheduler(config: dict[str, Any]) -> tuple[NoiseSchedule, Prediction, f
         ValueError: for a scheduler that this package does not know, naming it.
     """
     name = config.get("_class_name", "")
+    if config.get("use_dynamic_shifting"):
+        raise ValueError(f"{name} with use_dynamic_shifting: a shift that depends on the image's size is not known here.")
     if name.startswith("FlowMatch"):
         return RectifiedFlow(config.get("shift", 1.0)), "flow", 0.5
     if name.startswith("EDM"):
@@ -165,10 +167,11 @@ class PretrainedDenoiser(NetworkDenoiser):
 
 
 def _hash(folder: Path) -> str:
-    """sha256 over the configs and weights below ``folder``, in the order of their names."""
+    """sha256 over the configs and weights of the network and its scheduler, in the order of their names."""
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        if file.suffix in (".json", ".safetensors"):
+    parts = [folder / SCALARS_FILE, *sorted((folder / "scheduler").iterdir()), *sorted((folder / "unet").iterdir())]
+    for file in parts:
+        if file.is_file() and file.suffix in (".json", ".safetensors"):
             digest.update(file.relative_to(folder).as_posix().encode())
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())

@@ -63,7 +63,7 @@ class NoiseSchedule(ABC):
     def angle(self, t: Tensor) -> Tensor:
         """Noise angle ``atan2(sigma, alpha)`` in [0, pi/2], any shape, float64: in float32 pi/2 would lie beyond pi/2."""
         wide = t.double()
-        return torch.atan2(self.sigma(wide), self.alpha(wide))
+        return torch.atan2(self.sigma(wide), self.alpha(wide)).clamp(0, math.pi / 2)
 
     def nsr(self, t: Tensor) -> Tensor:
         """Noise-to-signal ratio ``sigma / alpha``: the "sigma" of an EDM network at the same noise level."""
@@ -175,7 +175,8 @@ class TrigFlow(NoiseSchedule):
         sigma_data: standard deviation of the data, > 0.
     """
 
-    t_min, t_max = 0.0, math.pi / 2
+    # The largest float32 below pi/2: rounded up instead, the signal would change its sign.
+    t_min, t_max = 0.0, float(torch.nextafter(torch.tensor(math.pi / 2), torch.tensor(0.0)))
 
     def __init__(self, sigma_data: float = 0.5):
         if sigma_data <= 0:
@@ -189,7 +190,7 @@ class TrigFlow(NoiseSchedule):
         return self.sigma_data * torch.sin(t)
 
     def time_of_angle(self, angle: Tensor) -> Tensor:
-        return torch.atan2(torch.sin(angle), self.sigma_data * torch.cos(angle))
+        return torch.atan2(torch.sin(angle), self.sigma_data * torch.cos(angle)).clamp(max=self.t_max)
 
 
 class VariancePreserving(NoiseSchedule):

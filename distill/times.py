@@ -280,7 +280,8 @@ class RatioPairs(TimePairs):
     """Easy consistency tuning (Geng et al. 2406.14548): noise levels ``s_u = s_t max(0, 1 - n(s_t) / q^(a+1))``.
 
     ``n(s) = 1 + k sigmoid(-b s)``, stage ``a = step // stage_steps``, ``s_t`` from ``times``. At stage 0 many ``u`` are the
-    data itself, so that training begins as denoising and tightens to consistency.
+    data itself, so that training begins as denoising and tightens to consistency. Departure: "the data" is ``t_min``, the
+    least level of the schedule, not 0, as everywhere in this package; and ``s_t`` is at least twice that level.
 
     Args:
         times: law of t; log-normal (-1.1, 2.0) on CIFAR-10 and (-0.8, 1.6) on ImageNet-64.

@@ -66,7 +66,7 @@ class SmallNetwork(MLP):
         self.scalars = nn.ModuleDict()
 
     def add_scalar_input(self, name: str) -> None:
-        self.scalars[name] = ScalarInput(self.first, self.first.out_features, origin=1.0)
+        self.scalars[name] = ScalarInput(self.first, self.first.in_features, origin=1.0)
 
     def forward(self, x: Tensor, time: Tensor, cond: Cond, r: Tensor | None = None) -> Tensor:
         for name, scalar in self.scalars.items():

@@ -49,17 +49,17 @@ def test_no_effect_at_first():
     assert float(net.scalars["guidance"].projection.weight.grad.abs().sum()) > 0
 
 
-def test_projection_of_the_scaled_value_is_added_to_the_time_embedding():
-    """W sinusoid(1000 (scale - 1)); each sample has its own."""
-    embedding = nn.Linear(3, 6)
-    scalar = ScalarInput(embedding, 6, origin=1.0, dimension=8)
+def test_projection_of_the_scaled_value_is_added_to_what_the_time_embedding_is_made_of():
+    """MLP(time + W sinusoid(1000 (scale - 1))); each sample has its own."""
+    embedding = nn.Sequential(nn.Linear(3, 6), nn.SiLU())
+    scalar = ScalarInput(embedding, 3, origin=1.0, dimension=8)
     time = torch.randn(2, 3)
     scalar.value = torch.tensor([1.0, 1.0])
-    plain = embedding(time)
+    layers = nn.Sequential(*embedding)  # without the hook
     nn.init.normal_(scalar.projection.weight)
     scalar.value = torch.tensor([1.003, 3.5])
     added = sinusoid(1000 * (scalar.value - 1.0), 8) @ scalar.projection.weight.T
-    torch.testing.assert_close(embedding(time), plain + added)
+    torch.testing.assert_close(embedding(time), layers(time + added))
 
 
 def test_value_matters_once_trained():

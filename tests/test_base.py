@@ -420,9 +420,9 @@ def test_validation_measures_numbered_samples_of_the_average():
 @pytest.mark.parametrize(
     "spec, words",
     [
-        (DataSpec((3, 8, 8), 2), r"model.student works on samples of shape \(2, 1, 1\).*\(3, 8, 8\)"),
-        (DataSpec(SHAPE, 5), "model.student has 2 classes, but data has 5"),
-        (DataSpec(SHAPE, None), "model.student has 2 classes, but data has None"),
+        (DataSpec((3, 8, 8), 2), r"model.teacher works on samples of shape \(2, 1, 1\).*\(3, 8, 8\)"),
+        (DataSpec(SHAPE, 5), "model.teacher has 2 classes, but data has 5"),
+        (DataSpec(SHAPE, None), "model.teacher has 2 classes, but data has None"),
     ],
 )
 def test_data_that_does_not_fit_is_refused(spec, words):

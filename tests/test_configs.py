@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
 from distill.checkpoints import read_checkpoint
 from distill.cli import load_run, main
 from distill.denoiser import NetworkDenoiser
+from distill.metrics.features import to_uint8
 from distill.networks.unet2d import UNet2D
 from distill.pretrained import PretrainedDenoiser, save_denoiser
 from distill.schedules import RectifiedFlow
@@ -48,11 +51,29 @@ def test_every_recipe_trains_two_steps(recipe: Path, folder: Path) -> None:
     assert len(moved) > 0.9 * len(before)
 
 
-def test_the_trained_teacher_is_exported_and_drives_a_student(folder: Path) -> None:
-    main(["fit", "--config", str(CONFIGS / "digits/teacher.yaml"), "--trainer.max_steps=1", "--ckpt_path=last", *QUICK])
+def test_the_trained_teacher_is_exported_also_by_a_run_that_was_cut_just_before(folder: Path) -> None:
+    again = ["fit", "--config", str(CONFIGS / "digits/teacher.yaml"), "--trainer.max_steps=1", "--ckpt_path=last", *QUICK]
+    main(again)
+    shutil.rmtree("runs/digits/teacher/export")
+    main(again)
     _, method, _ = load_run("runs/digits/teacher")
     exported = PretrainedDenoiser("runs/digits/teacher/export").state_dict()
     assert all(value.equal(exported[key]) for key, value in method.ema.module.state_dict().items())
+
+
+def test_prediction_and_validation_are_of_the_trained_student(folder: Path) -> None:
+    recipe = ["--config", str(CONFIGS / "digits/cd.yaml"), "--trainer.default_root_dir=run", *QUICK]
+    one_step = "--model.init_args.evaluation.steps=[1]"
+    with pytest.raises(SystemExit):
+        main(["predict", *recipe, one_step])
+    main(["fit", *recipe, "--trainer.max_steps=3", one_step])
+    main(["predict", *recipe, one_step])
+    samples = torch.from_numpy(numpy.load("run/predictions/steps_1_rank_0.npz")["arr_0"])
+    _, method, data = load_run("run")
+    batch = next(iter(data.predict_dataloader()))
+    expected = to_uint8(method.draw(1, range(2), *data.conditions(batch.cond["labels"][:2])))
+    assert samples.shape == (1797, 8, 8, 1)
+    assert int((samples[:2, ..., 0].int() - expected[:, 0].int()).abs().max()) <= 1
 
 
 TEACHER = "--model.init_args.teacher.init_args"

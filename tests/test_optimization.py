@@ -82,7 +82,6 @@ def test_learning_rate_factor(settings, values):
     "settings, words",
     [
         ({"warmup_steps": -1}, "warmup_steps=-1"),
-        ({"decay": "cosine"}, "total_steps=None"),
         ({"decay": "linear", "total_steps": 5, "warmup_steps": 5}, "total_steps=5"),
     ],
 )
@@ -104,10 +103,10 @@ def test_learning_rate_reaches_the_optimiser_at_each_step():
     assert [lr for lr, _ in seen] == pytest.approx([0.05, 0.1, 0.1, 0.075, 0.05, 0.025])
 
 
-def test_learning_rate_of_two_players_follows_the_steps_of_the_run():
+def test_learning_rate_of_each_player_follows_its_own_steps():
     seen: list[tuple[float, float]] = []
     fit(game(optimizer=lambda p: Spy(p, seen), learning_rate=LearningRate(warmup_steps=4)), [batch_of(0)], 6)
-    assert [lr for lr, _ in seen] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+    assert [lr for lr, _ in seen] == pytest.approx([0.025, 0.025, 0.05, 0.05, 0.075, 0.075])
 
 
 # ----------------------------------------------------------------------------------------------- clipping, accumulation
@@ -257,3 +256,11 @@ def test_skipped_steps_counts():
     for bad in (True, True, False, True):
         skipped.count(torch.tensor(bad))
     assert int(skipped.total) == 3 and int(skipped.in_a_row) == 1
+
+
+def test_a_decay_without_an_end_of_its_own_ends_with_the_run():
+    rate = LearningRate(warmup_steps=2, decay="linear")
+    assert [rate.factor(step, 12) for step in (0, 1, 2, 7, 12)] == [0.5, 1.0, 1.0, 0.5, 0.0]
+    assert rate.factor(7, 22) == 0.75
+    with pytest.raises(ValueError, match="total_steps=null.*trainer.max_steps"):
+        rate.factor(7, -1)

@@ -164,9 +164,8 @@ def test_network_times_are_what_published_networks_read():
 
 
 def test_prior_scales():
-    assert {name: schedule.prior_scale for name, schedule in SCHEDULES.items()} == {
-        **dict.fromkeys(VP, 1.0), "ve": 80.0, "rf": 1.0, "rf-shift3": 1.0, "trig": 0.5
-    }  # fmt: skip
+    expected = dict.fromkeys(VP, 1.0) | {"ve": 80.0, "rf": 1.0, "rf-shift3": 1.0, "trig": 0.5}
+    assert {name: schedule.prior_scale for name, schedule in SCHEDULES.items()} == pytest.approx(expected, rel=1e-12)
 
 
 def test_same_schedules_are_recognised():
@@ -191,3 +190,15 @@ def test_same_schedules_are_recognised():
 def test_bad_settings_are_named(make, key):
     with pytest.raises(ValueError, match=key):
         make()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_noisiest_time_stays_the_noisiest_in_float32(name):
+    """float32's pi/2 lies beyond pi/2: TrigFlow's end would be taken for the least noise of every other schedule."""
+    own = SCHEDULES[name]
+    t_max = torch.tensor([own.t_max], dtype=torch.float32)
+    assert float(own.alpha(t_max)) >= 0 and float(own.nsr(t_max)) > 10
+    for other in SCHEDULES.values():
+        reached = float(other.time_of_angle(own.angle(t_max)))
+        level = min(float(own.nsr(t_max)), float(other.nsr(torch.tensor(other.t_max))))
+        assert float(other.nsr(torch.tensor(reached, dtype=torch.float64))) >= 0.99 * level

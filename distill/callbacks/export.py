@@ -29,8 +29,8 @@ class ExportDenoiser(Callback):
         if method.generator(method.student) is not method.student:
             raise ValueError(f"ExportDenoiser: {type(method).__name__} wraps its student; leave the callback out.")
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the folder on rank zero."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the folder on rank zero; also when a finished run is started again, which may have been cut before it."""
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         method: Any = pl_module

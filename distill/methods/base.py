@@ -112,9 +112,14 @@ class Method(LightningModule, ABC):
         """Whose turn it is at optimiser step ``step``: an index into `players`."""
         return 0
 
-    def student_steps(self, step: int) -> int:
-        """Optimiser steps that the student has made before step ``step``."""
+    def player_step(self, index: int, step: int) -> int:
+        """Steps of its own that player ``index`` has made before optimiser step ``step``; its schedules count these."""
         return step
+
+    @property
+    def student_step(self) -> int:
+        """Steps that the student has made: what curricula count."""
+        return self.player_step(0, self.batches_seen // self.optimization.accumulate_batches)
 
     def configure_optimizers(self) -> list[Optimizer]:
         self._players = self.players()
@@ -156,18 +161,24 @@ class Method(LightningModule, ABC):
         norm = clip_gradients(player.parameters, player.optimization.gradient_clip_norm)
         assert self._accumulated_bad is not None
         bad = self._accumulated_bad | ~torch.isfinite(norm)
-        # The largest over the ranks: all skip, or none does.
-        bad = self.trainer.strategy.reduce(bad.float(), reduce_op="max") > 0
-        rate = player.optimization.learning_rate.factor(step)
+        if self.trainer.world_size > 1:
+            # The largest over the ranks: all skip, or none does. (Lightning's own reduction waits in a barrier first.)
+            flag = bad.float()
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            bad = flag > 0
+        own_step = self.player_step(index, step)
+        rate = player.optimization.learning_rate.factor(own_step, self.player_step(index, self.trainer.max_steps))
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
         step_unless(bad, optimizer.optimizer, optimizer.step)
         optimizer.zero_grad(set_to_none=True)
         self.skipped.count(bad)
         if index == 0:
-            self.after_student_step(self.student_steps(step), images, bad)
+            self.after_student_step(own_step, images, bad)
         self.log(f"train/{player.name}/gradient_norm", norm, batch_size=1)
-        self.log(f"train/{player.name}/learning_rate", optimizer.param_groups[0]["lr"], batch_size=1)
+        # A tensor made on the device: Lightning would copy a number to it, and wait.
+        shown = torch.full((), optimizer.param_groups[0]["lr"], device=self.device)
+        self.log(f"train/{player.name}/learning_rate", shown, batch_size=1)
         self.log("train/skipped_steps", self.skipped.total.float(), batch_size=1)
 
     def after_student_step(self, step: int, images: int, skipped: Tensor) -> None:
@@ -234,7 +245,8 @@ class Method(LightningModule, ABC):
                 metric.update(samples, batch.x0, batch.cond)
                 self.log(f"val/{name}/{steps}", metric, batch_size=len(batch))
 
-    test_step = validation_step
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[int, Sample]:
         """Samples for the conditions of the batch, by number of steps."""
@@ -330,8 +342,9 @@ class TwoPlayerMethod(Method, ABC):
     def turn(self, step: int) -> int:
         return 0 if step % (self.critic_steps + 1) == self.critic_steps else 1
 
-    def student_steps(self, step: int) -> int:
-        return step // (self.critic_steps + 1)
+    def player_step(self, index: int, step: int) -> int:
+        student = step // (self.critic_steps + 1)
+        return student if index == 0 else step - student
 
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:

@@ -82,12 +82,13 @@ class Consistency(Method):
             self.target.module.train()
 
     def generator(self, student: Denoiser) -> Denoiser:
-        return ConsistencyFunction(student.under(self.schedule), self.boundary)
+        view = student.under(self.schedule)
+        return view if isinstance(self.boundary, NoBoundary) else ConsistencyFunction(view, self.boundary)
 
     def losses(self, batch: Batch) -> Losses:
         assert batch.x0 is not None
         schedule, x0 = self.schedule, batch.x0
-        t, u = self.pairs.sample(len(x0), self.global_step, schedule, x0.device)
+        t, u = self.pairs.sample(len(x0), self.student_step, schedule, x0.device)
         end = u <= schedule.t_min
         eps = torch.randn_like(x0) if batch.noise is None else batch.noise
         x_t = schedule.add_noise(x0, eps, t)

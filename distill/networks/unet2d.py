@@ -69,7 +69,7 @@ class UNet2D(nn.Module):
 
     @classmethod
     def of(cls, unet: UNet2DModel) -> UNet2D:
-        """Wraps a ``UNet2DModel``; the last of its class embeddings is the null class."""
+        """Wraps a ``UNet2DModel``; the last of its class embeddings, if it has any, must be the null class."""
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self._wrap(unet)
@@ -89,8 +89,8 @@ class UNet2D(nn.Module):
         if name in self.scalars:
             return
         embedding = self.unet.time_embedding
-        width = embedding.linear_2.out_features
-        self.scalars[name] = ScalarInput(embedding, width, SCALAR_ORIGINS.get(name, 0.0)).to(embedding.linear_2.weight)
+        scalar = ScalarInput(embedding, embedding.linear_1.in_features, SCALAR_ORIGINS.get(name, 0.0))
+        self.scalars[name] = scalar.to(embedding.linear_1.weight)
 
     def forward(self, x: Sample, time: Time, cond: Cond, r: Time | None = None) -> Sample:
         """Raw prediction ``(b, c, h, w)`` at network times ``(b,)``, for ``cond["labels"]`` if the network has classes."""
