@@ -256,17 +256,28 @@ class GridPairs(TimePairs):
         if skip < 1:
             raise ValueError(f"skip={skip}: give the number of grid steps between the two times, at least 1.")
         self.grid, self.points, self.skip, self.log_normal = grid, points, skip, log_normal
+        self._placed: dict[tuple, tuple[Tensor, Tensor | None]] = {}
 
     def sample(
         self, count: int, step: int, schedule: NoiseSchedule, device: torch.device | None = None
     ) -> tuple[Time, Time]:
-        nodes = self.grid.nodes(schedule, self.points.points(step))
-        if self.log_normal is None:
+        nodes, masses = self.placed(self.points.points(step), schedule, device)
+        if masses is None:
             index = torch.randint(len(nodes) - 1, (count,), device=device)
         else:
-            index = torch.multinomial(self.interval_masses(nodes, schedule).to(device), count, replacement=True)
-        placed = nodes.float().to(device)
-        return placed[index], placed[(index + self.skip).clamp(max=len(nodes) - 1)]
+            index = torch.multinomial(masses, count, replacement=True)
+        return nodes[index], nodes[(index + self.skip).clamp(max=len(nodes) - 1)]
+
+    def placed(
+        self, points: int, schedule: NoiseSchedule, device: torch.device | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The nodes, float32, and the masses of the intervals, on the device: made once for each number of points."""
+        key = (points, repr(schedule), device)
+        if key not in self._placed:
+            nodes = self.grid.nodes(schedule, points)
+            masses = None if self.log_normal is None else self.interval_masses(nodes, schedule).to(device)
+            self._placed = {key: (nodes.float().to(device), masses)}
+        return self._placed[key]
 
     def interval_masses(self, nodes: Time, schedule: NoiseSchedule) -> Tensor:
         """Probability that the log-normal law gives to each of the ``len(nodes) - 1`` intervals, not normalised."""
