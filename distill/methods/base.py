@@ -167,7 +167,9 @@ class Method(LightningModule, ABC):
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             bad = flag > 0
         own_step = self.player_step(index, step)
-        rate = player.optimization.learning_rate.factor(own_step, self.player_step(index, self.trainer.max_steps))
+        budget = self.trainer.max_steps  # -1 for a run that ends by time
+        own_budget = budget if budget < 0 else self.player_step(index, budget)
+        rate = player.optimization.learning_rate.factor(own_step, own_budget)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
         step_unless(bad, optimizer.optimizer, optimizer.step)
