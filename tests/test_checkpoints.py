@@ -271,6 +271,12 @@ def test_nothing_is_saved_within_an_accumulated_step(trainer):
     assert callback.save(trainer) and files(trainer)["last.ckpt"] == 4
 
 
+def test_a_figure_that_is_not_a_number_is_never_the_best(trainer):
+    callback = RunCheckpoint(100, 0, "loss")
+    train(callback, trainer, 3, [float("nan"), 5.0, 6.0])
+    assert files(trainer)["best.ckpt"] == 2
+
+
 def test_a_run_that_ends_early_saves_where_it_ended(trainer):
     callback = RunCheckpoint(4)
     train(callback, trainer, 6)

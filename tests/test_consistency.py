@@ -376,3 +376,8 @@ def test_student_that_reads_guidance_follows_the_guided_teacher():
     print(f"latent style: root mean square (student's scale, teacher's): {gaps}")
     for own, other in ((1.0, 4.0), (4.0, 1.0)):
         assert gaps[own, own] < 0.4 * gaps[own, other]
+
+
+def test_drawn_guidance_needs_conditions():
+    with pytest.raises(ValueError, match="guidance_range.*no condition"):
+        latent_style().draw_guidance({})

@@ -27,7 +27,7 @@ from distill.frozen import trainable_copy
 from distill.guidance import ClassifierFreeGuidance, GuidanceRule
 from distill.methods.base import Method
 from distill.optimization import Optimization
-from distill.schedules import NoiseSchedule
+from distill.schedules import NoiseSchedule, per_sample
 from distill.solvers import Solver
 from distill.times import ConstantWeight, TimePairs, Weight
 from distill.types import Batch, Cond, Losses, Sample, Time
@@ -101,7 +101,7 @@ class Consistency(Method):
             self.seed_draws("network")
             follower: Denoiser = self.student if self.target is None else self.target.module
             target = self.generator(follower)(x_u, u, cond)
-            target = torch.where(end.reshape(-1, *[1] * (x0.dim() - 1)), x_u, target)
+            target = torch.where(per_sample(end, x0), x_u, target)
         self.seed_draws("network")
         prediction = self.generator(self.student)(x_t, t, cond)
         distances = self.distance(prediction, target)
@@ -111,6 +111,8 @@ class Consistency(Method):
         """The student's conditions and the teacher's rule, with a guidance scale drawn for each sample if one is to be."""
         if self.guidance_range is None:
             return cond, self.guidance
+        if not cond:
+            raise ValueError(f"guidance_range={self.guidance_range}: the data carries no condition; set it to null.")
         low, high = self.guidance_range
         rows = next(iter(cond.values()))
         scale = low + (high - low) * torch.rand(len(rows), device=rows.device)
