@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy
 import torch
-from pytorch_lightning import LightningDataModule
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.order import OrderedLoader, ResumableLoader, permutation, permuted_items, trained_batches
-from distill.types import Batch, Cond, DataSpec, label_conditions
+from datamodules.base import DataModule
+from distill.types import Batch, DataSpec, label_conditions
 
 SIZE, NUM_CLASSES = 1797, 10
+NAMES = "zero one two three four five six seven eight nine".split()
 SPLIT_SEED = 1797
 """The held-out images are the same in every run, whatever its seed: a student shall not train on what its teacher left out."""
 
@@ -50,18 +51,19 @@ class _Rows(Dataset):
     """Batches of the images of given items."""
 
     def __init__(self, module: DigitsDataModule):
-        self.labelled = module.spec.num_classes is not None
+        self.batch_of = module.batch_of
         self.images, self.labels = load_digits()
 
     def __getitem__(self, items: Tensor) -> Batch:
-        return Batch(self.images[items], *_conditions(self.labels[items], self.labelled))
+        return self.batch_of(self.images[items], self.labels[items])
 
 
-def _conditions(labels: Tensor, labelled: bool) -> tuple[Cond, Cond]:
-    return label_conditions(labels, NUM_CLASSES) if labelled else ({}, {})
+def caption(digit: int) -> str:
+    """A prompt for a digit 0..9: ``a photo of the digit seven``."""
+    return f"a photo of the digit {NAMES[digit]}"
 
 
-class DigitsDataModule(LightningDataModule):
+class DigitsDataModule(DataModule):
     """The digits as batches of `distill.types.Batch`, ``x0`` ``(b, 1, 8, 8)`` in [-1, 1], labels 0..9, null label 10.
 
     Training reads permutation after permutation of the training images (seeded by the seed and the pass), the global batch k
@@ -76,6 +78,7 @@ class DigitsDataModule(LightningDataModule):
         holdout: images that are never trained on, the same in every run, in proportion to the classes.
         batches_per_epoch: training batches of each rank in what Lightning calls an epoch.
         labels: False for unconditional data, whose conditions are empty.
+        captions: whether batches also carry prompts, ``a photo of the digit seven``.
         eval_batch_size: at most so many images a batch on each rank in validation; see `eval_batch_size`.
 
     Raises:
@@ -91,6 +94,7 @@ class DigitsDataModule(LightningDataModule):
         batches_per_epoch: int = 100,
         labels: bool = True,
         eval_batch_size: int = 300,
+        captions: bool = False,
     ):
         super().__init__()
         positive = {"batch_size": batch_size, "batches_per_epoch": batches_per_epoch, "eval_batch_size": eval_batch_size}
@@ -102,19 +106,19 @@ class DigitsDataModule(LightningDataModule):
             raise ValueError(f"holdout={holdout}: give 0 to {SIZE - 1}, there are {SIZE} digits.")
         self.batch_size, self.num_workers, self.seed, self.holdout = batch_size, num_workers, seed, holdout
         self.batches_per_epoch, self.largest_eval_batch = batches_per_epoch, eval_batch_size
-        self.spec = DataSpec((1, 8, 8), NUM_CLASSES if labels else None)
+        self.spec = DataSpec((1, 8, 8), NUM_CLASSES if labels else None, captions)
         self._start = 0
         self._trained_at_start: int | None = None
 
-    def conditions(self, labels: Tensor) -> tuple[Cond, Cond]:
-        """Conditions and null conditions of the class labels ``(b,)``; both empty for unconditional data.
+    def examples(self, count: int) -> Batch:
+        """The classes in turn; without conditions for unconditional data."""
+        return self.batch_of(None, torch.arange(count) % NUM_CLASSES)
 
-        Raises:
-            ValueError: a label outside 0..9.
-        """
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < NUM_CLASSES:
-            raise ValueError(f"labels={sorted(set(labels.tolist()))}: give digits, 0 to {NUM_CLASSES - 1}.")
-        return _conditions(labels, self.spec.num_classes is not None)
+    def batch_of(self, images: Tensor | None, labels: Tensor) -> Batch:
+        """A batch of images, or of none, with the class labels ``(b,)``."""
+        cond, null = label_conditions(labels, NUM_CLASSES) if self.spec.num_classes else ({}, {})
+        prompts = [caption(digit) for digit in labels.tolist()] if self.spec.prompts else None
+        return Batch(images, cond, null, prompts=prompts)
 
     @property
     def ranks(self) -> tuple[int, int]:

@@ -81,7 +81,7 @@ class ConsistencyFunction(Denoiser):
     def __init__(self, base: Denoiser, boundary: Boundary):
         super().__init__()
         self.base, self.boundary = base, boundary
-        self.schedule, self.shape, self.num_classes = base.schedule, base.shape, base.num_classes
+        self.describe_as(base)
 
     def forward(self, x: Sample, t: Time, cond: Cond, r: Time | None = None) -> Sample:
         skip, out = self.boundary.coefficients(self.schedule, t)

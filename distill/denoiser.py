@@ -7,6 +7,7 @@ are in `coefficients`, and everything else follows from them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -56,13 +57,15 @@ class Denoiser(nn.Module, ABC):
 
     Attributes:
         schedule: the schedule in which ``x`` and ``t`` are given.
-        shape: shape of one sample, ``(c, h, w)``, or None if any will do.
+        shape: shape of one sample, ``(c, h, w)``, with None where any size will do; None if any shape will.
         num_classes: number of classes that ``cond["labels"]`` may name (the null class comes after them), or None.
+        widths: the conditions that the network must be given and the size of their last dimension, ``{"prompt_embeds": 768}``.
     """
 
     schedule: NoiseSchedule
-    shape: tuple[int, ...] | None = None
+    shape: tuple[int | None, ...] | None = None
     num_classes: int | None = None
+    widths: dict[str, int] = MappingProxyType({})  # type: ignore[assignment]
 
     @abstractmethod
     def forward(self, x: Sample, t: Time, cond: Cond, r: Time | None = None) -> Sample:
@@ -70,6 +73,11 @@ class Denoiser(nn.Module, ABC):
 
         ``r`` ``(b,)`` is the second time of networks that jump from ``t`` to ``r``; others must not be given one.
         """
+
+    def describe_as(self, other: Denoiser) -> None:
+        """Takes over what ``other``, the denoiser that this one wraps, accepts."""
+        self.schedule, self.shape = other.schedule, other.shape
+        self.num_classes, self.widths = other.num_classes, other.widths
 
     def under(self, schedule: NoiseSchedule) -> Denoiser:
         """The same denoiser in another schedule: times and inputs are mapped by equal noise-to-signal ratio.
@@ -84,7 +92,8 @@ class NetworkDenoiser(Denoiser):
     """A raw network with its schedule and prediction type.
 
     Args:
-        network: called as ``network(x, time, cond, r) -> F``; may carry ``shape`` and ``num_classes``.
+        network: called as ``network(x, time, cond, r) -> F``, usually a `distill.networks.base.Network`; may carry ``shape``,
+            ``num_classes`` and ``widths``. Its own precision may be lower than that of ``x``: it casts, here sums are in float32.
         schedule: the schedule on which the network is, or will be, trained.
         prediction: what the network predicts: x0, eps, v, flow or edm.
         sigma_data: standard deviation of the data, used by ``edm``.
@@ -100,6 +109,7 @@ class NetworkDenoiser(Denoiser):
         super().__init__()
         self.network, self.schedule, self.prediction, self.sigma_data = network, schedule, prediction, sigma_data
         self.shape, self.num_classes = getattr(network, "shape", None), getattr(network, "num_classes", None)
+        self.widths = dict(getattr(network, "widths", {}))
 
     def coefficients(self, t: Time) -> tuple[Time, Time, Time]:
         """``(scale, skip, out)`` at ``t``, float64 ``(b,)``."""
@@ -131,8 +141,9 @@ class ScheduleView(Denoiser):
 
     def __init__(self, base: Denoiser, schedule: NoiseSchedule):
         super().__init__()
-        self.base, self.schedule = base, schedule
-        self.shape, self.num_classes = base.shape, base.num_classes
+        self.base = base
+        self.describe_as(base)
+        self.schedule = schedule
 
     def forward(self, x: Sample, t: Time, cond: Cond, r: Time | None = None) -> Sample:
         own = self.base.schedule

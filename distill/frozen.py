@@ -13,7 +13,8 @@ class Frozen(nn.Module):
     """Holds a network that is never trained and never saved.
 
     It is always in evaluation mode, is not seen by ``parameters()``, ``state_dict()``, DDP or ``deepcopy`` (copies share it),
-    and still moves to a device and a precision with its owner.
+    and still moves to a device and a precision with its owner. A network whose denoiser asks for a ``frozen_dtype`` (a teacher in
+    bfloat16) is cast to it here: copies that were made before, to be trained, keep float32.
     """
 
     module: Any
@@ -21,7 +22,7 @@ class Frozen(nn.Module):
     def __init__(self, module: nn.Module):
         super().__init__()
         # Past nn.Module's own __setattr__, which would register it.
-        object.__setattr__(self, "module", module.eval().requires_grad_(False))
+        object.__setattr__(self, "module", module.eval().requires_grad_(False).to(getattr(module, "frozen_dtype", None)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
         self.module._apply(fn)

@@ -22,7 +22,7 @@ class GuidanceRule(ABC):
 
     @abstractmethod
     def __call__(self, denoiser: Denoiser, null: Cond) -> Denoiser:
-        """The guided denoiser; ``null`` has the keys, shapes and batch size of the conditions it will be called with."""
+        """The guided denoiser; ``null`` has the keys and shapes of the conditions it will be called with, or one row for all."""
 
 
 @dataclass
@@ -72,10 +72,10 @@ class GuidedDenoiser(Denoiser):
     def __init__(self, base: Denoiser, null: Cond, rule: ClassifierFreeGuidance):
         super().__init__()
         self.base, self.null, self.rule = base, null, rule
-        self.schedule, self.shape, self.num_classes = base.schedule, base.shape, base.num_classes
+        self.describe_as(base)
 
     def forward(self, x: Sample, t: Time, cond: Cond, r: Time | None = None) -> Sample:
-        both = {key: torch.cat([value, self.null.get(key, value)]) for key, value in cond.items()}
+        both = {key: torch.cat([value, self.null.get(key, value).expand_as(value)]) for key, value in cond.items()}
         twice_r = None if r is None else r.repeat(2)
         x0_cond, x0_null = self.base(torch.cat([x, x]), t.repeat(2), both, twice_r).chunk(2)
         scale = self.rule.scale_at(self.schedule.nsr(t))

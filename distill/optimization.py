@@ -78,6 +78,8 @@ class Optimization:
         gradient_clip_norm: bound on the norm of the whole gradient; None for none.
         accumulate_batches: batches whose gradients make one step.
         averaging: of the evaluation average of the student.
+        gradient_checkpointing: whether the student computes activations again in the backward pass instead of keeping them.
+        compile: whether the inner networks are compiled by torch.compile; checkpoints are the same.
         max_skipped: this many steps skipped in a row, for a loss or gradient that is not finite, end the run.
     """
 
@@ -86,6 +88,8 @@ class Optimization:
     gradient_clip_norm: float | None = 1.0
     accumulate_batches: int = 1
     averaging: Averaging = field(default_factory=lambda: lazy_instance(DecayAveraging))
+    gradient_checkpointing: bool = False
+    compile: bool = False
     max_skipped: int = 20
 
     def __post_init__(self) -> None:

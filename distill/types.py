@@ -6,7 +6,7 @@ dimension, ``(b, c, h, w)`` for images and latents; a *time* is one number a sam
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -27,22 +27,29 @@ Losses = dict[str, Tensor]
 class Batch:
     """One batch of training data on one rank. Not frozen: Lightning cannot move a frozen dataclass between devices.
 
+    A data module delivers pixels and prompts, or what they were encoded to beforehand; a method's losses always see a batch
+    in model space (`distill.space.ModelSpace` has encoded it).
+
     Attributes:
         x0: clean data ``(b, *shape)``, or None for a stream without data (prompts alone).
         cond: conditions of the samples.
         null: the conditions that mean "no condition", same keys and shapes as ``cond``; empty if there are none.
         noise: the unit noise ``(b, *shape)`` paired with ``x0``, or None when noise is drawn freely.
+        prompts: texts that a conditioner has yet to turn into conditions, or None.
+        encoded: whether ``x0`` is in model space already (a precomputed latent) rather than pixels in [-1, 1].
     """
 
     x0: Tensor | None
     cond: Cond
     null: Cond
     noise: Tensor | None = None
+    prompts: list[str] | None = None
+    encoded: bool = False
 
     def __len__(self) -> int:
         """Samples in the batch."""
-        tensors = [self.x0, self.noise, *self.cond.values()]
-        return next(len(tensor) for tensor in tensors if tensor is not None)
+        columns = [self.x0, self.noise, self.prompts, *self.cond.values()]
+        return next(len(column) for column in columns if column is not None)
 
 
 @dataclass(frozen=True)
@@ -50,12 +57,20 @@ class DataSpec:
     """What a data module delivers, so that a network that does not fit is refused before any work is done.
 
     Attributes:
-        shape: shape of one sample, ``(c, h, w)``.
+        shape: shape of one sample as delivered, ``(c, h, w)``: pixels, or a latent if ``codec`` says what encoded it.
         num_classes: number of classes, or None if the samples carry no label.
+        prompts: whether batches carry texts.
+        widths: size of the last dimension of each condition that is delivered encoded, e.g. ``{"prompt_embeds": 768}``.
+        codec: sha256 of the codec that the delivered latents were made by, or None for pixels.
+        conditioner: sha256 of the conditioner that the delivered conditions were made by, or None.
     """
 
     shape: tuple[int, ...]
     num_classes: int | None = None
+    prompts: bool = False
+    widths: dict[str, int] = field(default_factory=dict)
+    codec: str | None = None
+    conditioner: str | None = None
 
 
 def label_conditions(labels: Labels, num_classes: int) -> tuple[Cond, Cond]:

@@ -14,8 +14,9 @@ from distill.adapters import ScalarInput
 from distill.denoiser import Denoiser, NetworkDenoiser
 from distill.evaluation import Evaluation
 from distill.frozen import Frozen
-from distill.methods.base import Method, TwoPlayerMethod
+from distill.methods.base import Method
 from distill.methods.denoising import DenoisingTraining
+from distill.methods.two_player import TwoPlayerMethod
 from distill.optimization import Optimization
 from distill.samplers import OdeSampler, RenoiseSampler
 from distill.schedules import NoiseSchedule, RectifiedFlow, VariancePreserving

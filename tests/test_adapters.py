@@ -41,9 +41,9 @@ def test_sinusoid_is_that_of_latent_consistency_models():
 
 def test_no_effect_at_first():
     net = network()
-    plain, keys = call(net, COND), set(net.unet.state_dict())
+    plain, keys = call(net, COND), set(net.model.state_dict())
     net.add_scalar_input("guidance")
-    assert torch.equal(call(net, GUIDANCE), plain) and set(net.unet.state_dict()) == keys
+    assert torch.equal(call(net, GUIDANCE), plain) and set(net.model.state_dict()) == keys
     # It can learn: the first gradient is not zero.
     net(torch.randn(2, 1, 8, 8), torch.tensor([10.0, 500.0]), GUIDANCE).square().sum().backward()
     assert float(net.scalars["guidance"].projection.weight.grad.abs().sum()) > 0

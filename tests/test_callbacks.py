@@ -22,6 +22,7 @@ from distill.callbacks.random_state import RandomState
 from distill.callbacks.sample_grid import SampleGrid, draw_grid, save_grid
 from distill.callbacks.step_progress import StepProgressBar
 from distill.checkpoints import read_checkpoint
+from distill.types import Batch
 
 CPU = torch.device("cpu")
 MODULE = LightningModule()
@@ -203,16 +204,19 @@ class FakeMethod:
         self.has_teacher, self.device, self.drawn = has_teacher, CPU, []
         self.evaluation = SimpleNamespace(steps=[1, 4], teacher_steps=32, seed=7)
 
-    def draw(self, steps, indices, cond, null, seed, source):
-        self.drawn.append((source, steps, seed, list(indices), cond["labels"].tolist()))
+    def prepare(self, batch):
+        return batch
+
+    def draw_pixels(self, steps, indices, ready, source):
+        self.drawn.append((source, steps, list(indices), ready.cond["labels"].tolist()))
         return torch.zeros(len(indices), 1, 8, 8)
 
 
 @pytest.mark.parametrize("has_teacher", [True, False])
 def test_the_same_seeds_for_student_and_teacher_and_the_teacher_once(has_teacher):
     method, callback = FakeMethod(has_teacher), SampleGrid(lines=2)
-    conditions = {"conditions": lambda labels: ({"labels": labels}, {"labels": labels})}
-    trainer = FakeTrainer(datamodule=SimpleNamespace(**conditions))
+    examples = {"examples": lambda count: Batch(None, {"labels": torch.arange(count) % 3}, {})}
+    trainer = FakeTrainer(datamodule=SimpleNamespace(**examples))
     blocks = [callback.blocks(trainer, method, 3) for _ in range(2)]
     teacher = ["teacher, steps: 32"] if has_teacher else []
     assert [list(block) for block in blocks] == [["student, steps: 1", "student, steps: 4", *teacher]] * 2
@@ -223,7 +227,7 @@ def test_the_same_seeds_for_student_and_teacher_and_the_teacher_once(has_teacher
         ("ema", 1),
         ("ema", 4),
     ]
-    assert all(rest == [7, [0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2]] for _, _, *rest in method.drawn)
+    assert all(rest == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2]] for _, _, *rest in method.drawn)
 
 
 # -------------------------------------------------------------------------------------------- loggers, progress, record

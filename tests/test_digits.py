@@ -13,7 +13,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from datamodules.digits import SIZE, DigitsDataModule, load_digits, split
+from datamodules.digits import NAMES, SIZE, DigitsDataModule, caption, load_digits, split
 from datamodules.order import permuted_items
 from distill.types import Batch
 
@@ -124,14 +124,22 @@ def test_without_labels_the_data_is_unconditional():
     module = data(labels=False)
     batch = next(iter(module.train_dataloader()))
     assert module.spec.num_classes is None and batch.cond == {} and batch.null == {}
-    assert module.conditions(torch.tensor([3])) == ({}, {})
+    assert module.examples(3).cond == {}
 
 
-def test_conditions_of_chosen_classes():
-    cond, null = data().conditions(torch.tensor([3, 0]))
-    assert cond["labels"].tolist() == [3, 0] and null["labels"].tolist() == [10, 10]
-    with pytest.raises(ValueError, match=r"labels=\[3, 10\].*0 to 9"):
-        data().conditions(torch.tensor([3, 10]))
+def test_examples_run_through_the_classes():
+    examples = data().examples(12)
+    assert examples.x0 is None and examples.prompts is None
+    assert examples.cond["labels"].tolist() == [*range(10), 0, 1] and examples.null["labels"].tolist() == [10] * 12
+
+
+def test_captions_name_the_digit_of_each_image():
+    module = data(captions=True)
+    assert module.spec.prompts and not data().spec.prompts
+    batch = next(iter(module.train_dataloader()))
+    assert batch.prompts == [caption(digit) for digit in batch.cond["labels"].tolist()]
+    assert module.examples(8).prompts[7] == "a photo of the digit seven"
+    assert module.examples(10).prompts == [f"a photo of the digit {name}" for name in NAMES]
 
 
 @pytest.mark.parametrize("holdout", [0, 1, 10, 297, 1000, 1796])

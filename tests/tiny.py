@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from pytorch_lightning import LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from datamodules.base import DataModule
 from distill.types import Batch, Cond, DataSpec, label_conditions
 
 
@@ -25,7 +25,7 @@ class TinyNetwork(nn.Module):
         return self.convolution(x) * time.to(x.dtype)[:, None, None, None] + self.labels(cond["labels"])[:, :, None, None]
 
 
-class TinyData(LightningDataModule):
+class TinyData(DataModule):
     """Labelled noise of one channel, 8x8, in batches of 4, eight batches an epoch."""
 
     def __init__(self, num_classes: int = 10, rows: int = 32):
@@ -33,14 +33,19 @@ class TinyData(LightningDataModule):
         if rows < 1:
             raise ValueError(f"rows={rows}: give a positive number.")
         self.spec = DataSpec((1, 8, 8), num_classes)
-        self.eval_batch_size, self.rows = 4, rows
+        self.rows = rows
 
-    def conditions(self, labels: Tensor) -> tuple[Cond, Cond]:
-        return label_conditions(labels, 10)
+    @property
+    def eval_batch_size(self) -> int:
+        return 4
+
+    def examples(self, count: int) -> Batch:
+        return Batch(None, *label_conditions(torch.arange(count) % 10, 10))
 
     def collate(self, rows: list[int]) -> Batch:
         generator = torch.Generator().manual_seed(rows[0])
-        return Batch(torch.randn(len(rows), 1, 8, 8, generator=generator), *self.conditions(torch.tensor(rows) % 10))
+        images = torch.randn(len(rows), 1, 8, 8, generator=generator)
+        return Batch(images, *label_conditions(torch.tensor(rows) % 10, 10))
 
     def train_dataloader(self) -> ResumableRows:
         return ResumableRows(self)

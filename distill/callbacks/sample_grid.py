@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor
 
 from distill.checkpoints import atomic_writer
@@ -66,6 +67,7 @@ class SampleGrid(Callback):
     Args:
         lines: lines of samples a block.
         columns: samples a line where there are no classes; with classes, a line has one sample of each, at most this many.
+            Conditions are those of the data module's ``examples``.
 
     Raises:
         ValueError: a count below 1.
@@ -91,12 +93,12 @@ class SampleGrid(Callback):
 
     def blocks(self, trainer: Trainer, method: Any, columns: int) -> dict[str, Tensor]:
         """Samples ``(lines * columns, c, h, w)`` by label: the student at each number of steps, then the teacher."""
-        labels = torch.arange(self.lines * columns, device=method.device) % columns
-        cond, null = trainer.datamodule.conditions(labels)  # type: ignore[attr-defined]
-        evaluation = method.evaluation
+        count, evaluation = self.lines * columns, method.evaluation
+        examples = trainer.datamodule.examples(count)  # type: ignore[attr-defined]
+        ready = method.prepare(move_data_to_device(examples, method.device))
 
         def draw(steps: int, source: str) -> Tensor:
-            return method.draw(steps, range(len(labels)), cond, null, evaluation.seed, source).cpu()
+            return method.draw_pixels(steps, range(count), ready, source).cpu()
 
         rows = {f"student, steps: {steps}": draw(steps, "ema") for steps in evaluation.steps}
         if self.teacher_block is None:

@@ -1,4 +1,4 @@
-"""The training loop that every method shares. A method writes ``losses(batch)``; one with two players ``critic_losses`` too.
+"""The training loop that every method shares; a method writes ``losses(batch)``. (`two_player.py` has those with a critic.)
 
 Optimisation is manual, for one and two players alike: one optimiser step for each batch (or each ``accumulate_batches``), so
 that ``global_step`` counts them. Every batch seeds its draws from (seed, batch, rank): a resumed run repeats nothing, ranks
@@ -11,12 +11,11 @@ import contextlib
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningModule
 from pytorch_lightning.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,11 +24,13 @@ from distill.denoiser import Denoiser
 from distill.ema import EMA
 from distill.evaluation import Evaluation
 from distill.frozen import Frozen
-from distill.guidance import ClassifierFreeGuidance, GuidanceRule
+from distill.guidance import GuidanceRule
+from distill.lora import diffusers_networks
+from distill.methods.sampled import SampledModule
 from distill.optimization import Optimization, SkippedSteps, clip_gradients, step_unless
 from distill.pretrained import identity_of
-from distill.samplers import SeededNoise
-from distill.types import Batch, Cond, DataSpec, Losses, Sample
+from distill.space import ModelSpace
+from distill.types import Batch, Losses
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Player:
     optimization: Optimization
 
 
-class Method(LightningModule, ABC):
+class Method(SampledModule, ABC):
     """Trains ``student``, with the help of a frozen ``teacher`` if there is one.
 
     Args:
@@ -51,9 +52,9 @@ class Method(LightningModule, ABC):
         guidance: how the teacher is guided, in training and in its samples; None for not.
         optimization: optimiser, learning rate, clipping, accumulation, averaging.
         evaluation: what is drawn and measured in validation.
+        space: how pixels and prompts become what the networks see; None if the data is that already.
 
     Attributes:
-        ema: the average of the student, which is what is sampled.
         batches_seen: training batches that this rank has worked on since the run began.
     """
 
@@ -64,11 +65,15 @@ class Method(LightningModule, ABC):
         guidance: GuidanceRule | None,
         optimization: Optimization,
         evaluation: Evaluation,
+        space: ModelSpace | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
         self.student: Denoiser = student.train()
         self._teacher: Frozen | None = None if teacher is None else Frozen(teacher)
+        if optimization.gradient_checkpointing:
+            checkpoint_activations(student)
+        self._space = Frozen(space or ModelSpace())
         self.guidance, self.optimization, self.evaluation = guidance, optimization, evaluation
         self.ema = EMA(student, optimization.averaging)
         self.skipped = SkippedSteps(optimization.max_skipped)
@@ -82,31 +87,18 @@ class Method(LightningModule, ABC):
     def losses(self, batch: Batch) -> Losses:
         """The student's losses on a batch, with gradient; ``loss`` is minimised."""
 
-    def generator(self, student: Denoiser) -> Denoiser:
-        """The denoiser that is sampled, made of the student or its average: itself, unless a method wraps it."""
-        return student
-
-    @property
-    def teacher(self) -> Denoiser:
-        """The frozen teacher. Raises ValueError if there is none."""
-        if self._teacher is None:
-            raise ValueError(f"{type(self).__name__} was built without a teacher: set model.teacher.")
-        return self._teacher.module
-
-    @property
-    def has_teacher(self) -> bool:
-        """Whether the method was built with a teacher."""
-        return self._teacher is not None
-
-    def guided_teacher(self, null: Cond) -> Denoiser:
-        """The teacher under the method's guidance rule."""
-        return self.teacher if self.guidance is None else self.guidance(self.teacher, null)
+    def on_fit_start(self) -> None:
+        """Compiles the inner networks, in place: the names of their weights stay as they are."""
+        if self.optimization.compile:
+            for part in (self.student, self.ema.module, self._teacher and self._teacher.module):
+                for network in diffusers_networks(part) if part is not None else []:
+                    network.model.compile()
 
     # ------------------------------------------------------------------------------------------------ optimisation
 
     def players(self) -> list[Player]:
         """The sides of the method, in the order of their optimisers."""
-        return [Player("student", self.losses, _trained(self.student), self.optimization)]
+        return [Player("student", self.losses, trained_parameters(self.student), self.optimization)]
 
     def turn(self, step: int) -> int:
         """Whose turn it is at optimiser step ``step``: an index into `players`."""
@@ -136,7 +128,7 @@ class Method(LightningModule, ABC):
             for parameter in other.parameters:
                 parameter.requires_grad_(other is player)
         self.seed_draws()
-        losses = player.losses(batch)
+        losses = player.losses(self.prepare(batch))
         last = part + 1 == self.optimization.accumulate_batches
         with self._gradient_sync(last):
             self.manual_backward(losses["loss"] / self.optimization.accumulate_batches)
@@ -193,96 +185,27 @@ class Method(LightningModule, ABC):
         key = f"{run_seed}/{self.batches_seen}/{self.global_rank}/{stream}"
         torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little", signed=True))
 
-    # -------------------------------------------------------------------------------------------------- evaluation
-
-    @torch.no_grad()
-    def draw(
-        self,
-        steps: int,
-        indices: Sequence[int],
-        cond: Cond,
-        null: Cond,
-        seed: int = 0,
-        source: str = "ema",
-        guidance: float | None = None,
-    ) -> Sample:
-        """Samples number ``indices`` of a seed, ``(len(indices), *shape)``, each the same in any batch and on any rank.
-
-        Args:
-            steps: sampler steps.
-            indices: numbers of the samples; ``cond`` and ``null`` have a row for each.
-            cond, null: conditions on this module's device.
-            seed: seed of the set.
-            source: ``ema``, ``student`` or ``teacher``.
-            guidance: a guidance scale (1 is none) for the sampled network; None leaves the teacher its rule.
-        """
-        shape = self.student.shape
-        if shape is None:
-            raise ValueError("The student's network does not say the shape of its samples; give it a 'shape' (c, h, w).")
-        fresh = SeededNoise(seed, indices, shape)
-        noise = fresh.draw(self.device)
-        if source not in ("ema", "student", "teacher"):
-            raise ValueError(f"source={source!r}: give 'ema', 'student' or 'teacher'.")
-        if source == "teacher":
-            rule = self.guidance if guidance is None else ClassifierFreeGuidance(guidance)
-            denoiser = self.teacher if rule is None else rule(self.teacher, null)
-            return self.evaluation.sample_teacher(denoiser, noise, cond, steps, fresh)
-        module: Denoiser = {"ema": self.ema.module, "student": self.student}[source]
-        denoiser, cond = self.guided_generator(self.generator(module), cond, null, guidance)
-        training = module.training
-        samples = self.evaluation.sample_student(denoiser.eval(), noise, cond, steps, fresh)
-        module.train(training)
-        return samples
-
-    def guided_generator(
-        self, generator: Denoiser, cond: Cond, null: Cond, guidance: float | None
-    ) -> tuple[Denoiser, Cond]:
-        """The generator and conditions for sampling at a guidance scale: by default a classifier-free rule around it."""
-        return (generator if guidance is None else ClassifierFreeGuidance(guidance)(generator, null)), cond
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        for steps, samples in self.predict_step(batch, batch_idx).items():
-            metrics: Any = self.metrics[str(steps)]
-            for name, metric in metrics.items():
-                metric.update(samples, batch.x0, batch.cond)
-                self.log(f"val/{name}/{steps}", metric, batch_size=len(batch))
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[int, Sample]:
-        """Samples for the conditions of the batch, by number of steps."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        first = (batch_idx * self.trainer.world_size + self.global_rank) * data.eval_batch_size
-        indices = range(first, first + len(batch))
-        return {n: self.draw(n, indices, batch.cond, batch.null, self.evaluation.seed) for n in self.evaluation.steps}
-
     # ----------------------------------------------------------------------------------------------------- contracts
-
-    def check_data(self, spec: DataSpec) -> None:
-        """Refuses data that a network does not fit.
-
-        Raises:
-            ValueError: naming the keys and both values.
-        """
-        for key, denoiser in (("teacher", self._teacher and self._teacher.module), ("student", self.student)):
-            if denoiser is None:
-                continue
-            if denoiser.shape is not None and denoiser.shape != spec.shape:
-                raise ValueError(
-                    f"model.{key} works on samples of shape {denoiser.shape} (channels, height, width), but data delivers "
-                    f"{spec.shape}: give a {key} of the data's shape, or other data."
-                )
-            if denoiser.num_classes is not None and denoiser.num_classes != spec.num_classes:
-                raise ValueError(
-                    f"model.{key} has {denoiser.num_classes} classes, but data has {spec.num_classes}: "
-                    f"give a {key} with as many classes as the data."
-                )
 
     @property
     def within_step(self) -> bool:
         """Whether some, not all, batches of an accumulated step are done; their gradients are in no checkpoint."""
         return self.batches_seen % self.optimization.accumulate_batches > 0
+
+    def shared_names(self) -> set[str]:
+        """The names under which parameters of the teacher itself appear: LoRA layers stand on them. They are not saved."""
+        own = set() if self._teacher is None else {id(parameter) for parameter in self._teacher.module.parameters()}
+        return {name for name, parameter in self.named_parameters(remove_duplicate=False) if id(parameter) in own}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Everything but what is the teacher's."""
+        state, shared = super().state_dict(*args, **kwargs), self.shared_names()
+        return type(state)((name, value) for name, value in state.items() if name not in shared)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads what `state_dict` gave; a key too few or too many is an error if ``strict``."""
+        shared, present = self.shared_names(), super().state_dict()
+        return super().load_state_dict({**state_dict, **{name: present[name] for name in shared}}, strict, assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.within_step:
@@ -291,63 +214,31 @@ class Method(LightningModule, ABC):
                 f"{self.optimization.accumulate_batches} batches (optimization.accumulate_batches); save at the end of a step."
             )
         teacher = None if self._teacher is None else identity_of(self._teacher.module)
-        checkpoint["distill"] = {"batches_seen": self.batches_seen, "teacher": teacher}
+        checkpoint["distill"] = {"batches_seen": self.batches_seen, "teacher": teacher, "space": self.space.identity}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["distill"]
-        own = None if self._teacher is None else identity_of(self._teacher.module)
-        if (saved["teacher"] or {}).get("sha256") != (own or {}).get("sha256"):
-            raise ValueError(
-                f"The checkpoint was trained with the teacher {saved['teacher']}, but model.teacher is {own}: "
-                "give the same teacher, or start a new run."
-            )
+        own: dict[str, Any] = {"teacher": None if self._teacher is None else identity_of(self._teacher.module)}
+        theirs = {"teacher": saved["teacher"], **{f"space.{part}": value for part, value in saved["space"].items()}}
+        own |= {f"space.{part}": value for part, value in self.space.identity.items()}
+        for part, identity in theirs.items():
+            if (identity or {}).get("sha256") != (own[part] or {}).get("sha256"):
+                raise ValueError(
+                    f"The checkpoint was trained with the {part} {identity}, but model.{part} is {own[part]}: "
+                    "give the same, or start a new run."
+                )
         self.batches_seen = saved["batches_seen"]
 
 
-class TwoPlayerMethod(Method, ABC):
-    """A student and a critic (a fake score, a discriminator) take turns: ``critic_steps`` of the critic, one of the student.
-
-    A batch is one player's turn (or one part of it, if gradients are accumulated); only that player's parameters require
-    gradients in it.
-
-    Args:
-        critic: the module that the critic's turns train.
-        critic_optimization: its optimiser, learning rate and clipping; averaging and accumulation are the student's.
-        critic_steps: the critic's turns for one of the student's, at least 1.
-        others: of `Method`.
-    """
-
-    def __init__(
-        self,
-        student: Denoiser,
-        teacher: Denoiser | None,
-        critic: nn.Module,
-        guidance: GuidanceRule | None,
-        optimization: Optimization,
-        critic_optimization: Optimization,
-        evaluation: Evaluation,
-        critic_steps: int = 1,
-    ):
-        super().__init__(student, teacher, guidance, optimization, evaluation)
-        if critic_steps < 1:
-            raise ValueError(f"critic_steps={critic_steps}: give at least 1.")
-        self.critic, self.critic_optimization, self.critic_steps = critic, critic_optimization, critic_steps
-
-    @abstractmethod
-    def critic_losses(self, batch: Batch) -> Losses:
-        """The critic's losses on a batch, with gradient; ``loss`` is minimised."""
-
-    def players(self) -> list[Player]:
-        critic = Player("critic", self.critic_losses, _trained(self.critic), self.critic_optimization)
-        return [*super().players(), critic]
-
-    def turn(self, step: int) -> int:
-        return 0 if step % (self.critic_steps + 1) == self.critic_steps else 1
-
-    def player_step(self, index: int, step: int) -> int:
-        student = step // (self.critic_steps + 1)
-        return student if index == 0 else step - student
+def checkpoint_activations(student: nn.Module) -> None:
+    """Turns gradient checkpointing on. Raises ValueError for a network that is not one of diffusers."""
+    networks = diffusers_networks(student)
+    if not networks:
+        raise ValueError("optimization.gradient_checkpointing=true: only networks of diffusers can; set it to false.")
+    for network in networks:
+        network.model.enable_gradient_checkpointing()
 
 
-def _trained(module: nn.Module) -> list[nn.Parameter]:
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module that are trained."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -23,12 +23,13 @@ from distill.denoiser import Denoiser, NetworkDenoiser
 from distill.distances import Distance
 from distill.ema import EMA, Averaging
 from distill.evaluation import Evaluation
-from distill.frozen import trainable_copy
 from distill.guidance import ClassifierFreeGuidance, GuidanceRule
+from distill.lora import LoRA, start_student
 from distill.methods.base import Method
 from distill.optimization import Optimization
 from distill.schedules import NoiseSchedule, per_sample
 from distill.solvers import Solver
+from distill.space import ModelSpace
 from distill.times import ConstantWeight, TimePairs, Weight
 from distill.types import Batch, Cond, Losses, Sample, Time
 
@@ -39,7 +40,7 @@ class Consistency(Method):
     Args:
         pairs: law of the pairs ``(t, u)``.
         distance: d.
-        student: the denoiser inside f; None starts from a copy of the teacher.
+        student: the denoiser inside f; None starts from the teacher.
         teacher: needed if ``solver`` is given.
         solver: the teacher's step from t to u; None is consistency training.
         schedule: in which the method works; None is the student's own.
@@ -47,8 +48,10 @@ class Consistency(Method):
         weight: w(t, u).
         target: averaging of f^-; None for the student's present weights.
         guidance: the teacher's rule.
-        guidance_range: ``(low, high)`` of a guidance scale (1 is none) drawn for each sample instead, which the student reads.
-        optimization, evaluation: see `Method`.
+        guidance_range: ``(low, high)`` of a guidance scale (1 is none) drawn for each sample instead.
+        embed_guidance: whether the student reads the drawn scale; LCM-LoRA does not (Luo et al. 2311.05556).
+        lora: the student is LoRA layers on the teacher's weights; None trains all weights of a copy.
+        optimization, evaluation, space: see `Method`.
     """
 
     def __init__(
@@ -66,13 +69,23 @@ class Consistency(Method):
         target: Averaging | None = None,
         guidance: GuidanceRule | None = None,
         guidance_range: tuple[float, float] | None = None,
+        embed_guidance: bool = True,
+        lora: LoRA | None = None,
+        space: ModelSpace | None = None,
     ):
         if teacher is None and (solver is not None or student is None):
             raise ValueError("model.teacher is missing: give it, or set model.solver to null and give model.student.")
-        student = student or trainable_copy(teacher)
+        if student is not None and lora is not None:
+            raise ValueError(f"model.student and model.lora={lora} are both set: LoRA layers stand on the teacher; leave one null.")
+        if student is None:
+            assert teacher is not None
+            student = start_student(teacher, lora)
         if guidance_range is not None:
-            _read_guidance(student, guidance_range, guidance, solver)
-        super().__init__(student, teacher, guidance, optimization, evaluation)
+            _check_range(guidance_range, guidance, solver)
+            if embed_guidance:
+                _read_guidance(student, guidance_range)
+        super().__init__(student, teacher, guidance, optimization, evaluation, space)
+        self.embed_guidance = embed_guidance
         self.pairs, self.distance, self.solver = pairs, distance, solver
         self.schedule = self.student.schedule if schedule is None else schedule
         self.boundary, self.weight = boundary or NoBoundary(), weight or ConstantWeight()
@@ -116,7 +129,7 @@ class Consistency(Method):
         low, high = self.guidance_range
         rows = next(iter(cond.values()))
         scale = low + (high - low) * torch.rand(len(rows), device=rows.device)
-        return {**cond, "guidance": scale}, ClassifierFreeGuidance(scale)
+        return ({**cond, "guidance": scale} if self.embed_guidance else cond), ClassifierFreeGuidance(scale)
 
     def teacher_step(
         self, solver: Solver, rule: GuidanceRule | None, x_t: Sample, t: Time, u: Time, cond: Cond, null: Cond
@@ -130,7 +143,7 @@ class Consistency(Method):
         self, generator: Denoiser, cond: Cond, null: Cond, guidance: float | None
     ) -> tuple[Denoiser, Cond]:
         """A student that reads the guidance scale is given it (the middle of its range by default), in one evaluation."""
-        if self.guidance_range is None:
+        if self.guidance_range is None or not self.embed_guidance:
             return super().guided_generator(generator, cond, null, guidance)
         scale = sum(self.guidance_range) / 2 if guidance is None else guidance
         rows = next(iter(cond.values()))
@@ -142,17 +155,21 @@ class Consistency(Method):
             self.target.update(self.student, step, images, skipped)
 
 
-def _read_guidance(
-    student: Denoiser, scales: tuple[float, float], guidance: GuidanceRule | None, solver: Solver | None
-) -> None:
-    """Gives the student its extra input; refuses settings that contradict a drawn guidance scale."""
+def _check_range(scales: tuple[float, float], guidance: GuidanceRule | None, solver: Solver | None) -> None:
+    """Refuses settings that contradict a drawn guidance scale."""
     if not 0 <= scales[0] < scales[1]:
         raise ValueError(f"guidance_range={scales}: give 0 <= low < high, in the convention where 1 is no guidance.")
     if guidance is not None:
         raise ValueError("guidance and guidance_range are both set: leave one of them null.")
     if solver is None:
         raise ValueError(f"guidance_range={scales} guides the teacher's step, but solver is null: set solver, e.g. DDIM.")
+
+
+def _read_guidance(student: Denoiser, scales: tuple[float, float]) -> None:
+    """Gives the student its extra input."""
     network: Any = student.network if isinstance(student, NetworkDenoiser) else None
     if not hasattr(network, "add_scalar_input"):
-        raise ValueError(f"guidance_range={scales}: the student's network cannot take an extra scalar input.")
+        raise ValueError(
+            f"guidance_range={scales}: the student's network cannot take an extra scalar input; set embed_guidance to false."
+        )
     network.add_scalar_input("guidance")

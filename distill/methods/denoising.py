@@ -16,6 +16,7 @@ from distill.evaluation import Evaluation
 from distill.methods.base import Method
 from distill.optimization import Optimization
 from distill.schedules import per_sample
+from distill.space import ModelSpace
 from distill.times import ConstantWeight, TimeDistribution, Weight
 from distill.types import Batch, Cond, Losses
 
@@ -28,7 +29,7 @@ class DenoisingTraining(Method):
         times: law of the training times.
         weight: w(t).
         null_probability: in [0, 1), share of samples trained without their conditions.
-        optimization, evaluation: see `Method`.
+        optimization, evaluation, space: see `Method`.
     """
 
     student: NetworkDenoiser
@@ -41,8 +42,9 @@ class DenoisingTraining(Method):
         evaluation: Evaluation,
         weight: Weight | None = None,
         null_probability: float = 0.1,
+        space: ModelSpace | None = None,
     ):
-        super().__init__(student, None, None, optimization, evaluation)
+        super().__init__(student, None, None, optimization, evaluation, space)
         if not 0 <= null_probability < 1:
             raise ValueError(f"null_probability={null_probability}: give a share in [0, 1).")
         self.times, self.weight, self.null_probability = times, weight or ConstantWeight(), null_probability

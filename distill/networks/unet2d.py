@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import nn
 
-from distill.adapters import ScalarInput
+from distill.networks.base import DiffusersNetwork
 from distill.types import Cond, Sample, Time
 
-if TYPE_CHECKING:
-    from diffusers import UNet2DModel
 
-SCALAR_ORIGINS = {"guidance": 1.0}
-"""The value of each extra scalar input that is embedded as 0."""
-
-
-class UNet2D(nn.Module):
-    """A new, randomly initialised ``UNet2DModel``; `UNet2D.of` wraps one that exists.
+class UNet2D(DiffusersNetwork):
+    """A new, randomly initialised ``UNet2DModel``; `of` wraps one that exists. The last class embedding is the null class.
 
     Args:
         in_channels: channels of a sample.
@@ -30,6 +24,8 @@ class UNet2D(nn.Module):
         groups: groups of the group normalisation.
         dropout: in [0, 1).
     """
+
+    model_class, component = "UNet2DModel", "unet"
 
     def __init__(
         self,
@@ -49,55 +45,44 @@ class UNet2D(nn.Module):
             raise ValueError(f"channels={channels}: give multiples of groups={groups}.")
         if sample_size % 2 ** (len(channels) - 1):
             raise ValueError(f"sample_size={sample_size}: {len(channels)} levels need multiples of {2 ** (len(channels) - 1)}.")
-        from diffusers import UNet2DModel
-
-        unet = UNet2DModel(
-            sample_size=sample_size,
-            in_channels=in_channels,
-            out_channels=in_channels,
-            block_out_channels=channels,
-            layers_per_block=layers_per_block,
-            down_block_types=tuple("AttnDownBlock2D" if attended else "DownBlock2D" for attended in attention),
-            up_block_types=tuple("AttnUpBlock2D" if attended else "UpBlock2D" for attended in reversed(attention)),
-            attention_head_dim=heads_width,
-            norm_num_groups=groups,
-            dropout=dropout,
-            num_class_embeds=None if num_classes is None else num_classes + 1,
+        super().__init__(
+            dict(
+                sample_size=sample_size,
+                in_channels=in_channels,
+                out_channels=in_channels,
+                block_out_channels=channels,
+                layers_per_block=layers_per_block,
+                down_block_types=tuple("AttnDownBlock2D" if attended else "DownBlock2D" for attended in attention),
+                up_block_types=tuple("AttnUpBlock2D" if attended else "UpBlock2D" for attended in reversed(attention)),
+                attention_head_dim=heads_width,
+                norm_num_groups=groups,
+                dropout=dropout,
+                num_class_embeds=None if num_classes is None else num_classes + 1,
+            )
         )
-        super().__init__()
-        self._wrap(unet)
 
     @classmethod
-    def of(cls, unet: UNet2DModel) -> UNet2D:
-        """Wraps a ``UNet2DModel``; the last of its class embeddings, if it has any, must be the null class."""
-        self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        self._wrap(unet)
-        return self
+    def of(cls, model: Any, null_class: bool = True) -> Any:
+        """Wraps a ``UNet2DModel``.
 
-    def _wrap(self, unet: UNet2DModel) -> None:
-        self.unet = unet
-        self.scalars = nn.ModuleDict()
-        size = unet.config.sample_size
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        self.shape = (unet.config.in_channels, height, width)
-        embeddings = unet.config.num_class_embeds
-        self.num_classes = None if embeddings is None else embeddings - 1
+        Args:
+            model: the model, weights and all.
+            null_class: whether its last class embedding is the null class. Models that were trained without
+                classifier-free guidance, as those of consistency models (Song et al. 2303.01469), have none.
+        """
+        network = super().of(model)
+        if not null_class and network.num_classes is not None:
+            network.null_class, network.num_classes = False, network.num_classes + 1
+        return network
 
-    def add_scalar_input(self, name: str) -> None:
-        """The network now also reads ``cond[name]`` ``(b,)``, at first without effect; see `ScalarInput`."""
-        if name in self.scalars:
-            return
-        embedding = self.unet.time_embedding
-        scalar = ScalarInput(embedding, embedding.linear_1.in_features, SCALAR_ORIGINS.get(name, 0.0))
-        self.scalars[name] = scalar.to(embedding.linear_1.weight)
+    def read_config(self, config: Any) -> None:
+        # Fourier features are of sigma itself and learned times are whole numbers: neither is what `predict` passes.
+        self.refuse_unknown(config, {"class_embed_type": None, "time_embedding_type": "positional"})
+        self.shape = self.native_shape = (config.in_channels, *self.sample_size(config))
+        self.num_classes = None if config.num_class_embeds is None else config.num_class_embeds - 1
 
-    def forward(self, x: Sample, time: Time, cond: Cond, r: Time | None = None) -> Sample:
-        """Raw prediction ``(b, c, h, w)`` at network times ``(b,)``, for ``cond["labels"]`` if the network has classes."""
-        if r is not None:
-            raise ValueError("UNet2D has no second time input.")
-        for name, scalar in self.scalars.items():
-            if name not in cond:
-                raise ValueError(f"cond[{name!r}] is missing: this network was trained with {name} as an input; pass a value.")
-            scalar.value = cond[name]
-        return self.unet(x, time, class_labels=cond["labels"] if self.num_classes is not None else None).sample
+    def time_embedding(self) -> tuple[nn.Module, int]:
+        return self.model.time_embedding, self.model.time_embedding.linear_1.in_features
+
+    def predict(self, x: Sample, time: Time, cond: Cond) -> Sample:
+        return self.model(x, time, class_labels=cond["labels"] if self.num_classes is not None else None).sample

@@ -1,0 +1,154 @@
+"""How a method's networks are sampled and measured: from conditions to pixels, in validation and by the tools."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor
+
+from distill.denoiser import Denoiser
+from distill.ema import EMA
+from distill.evaluation import Evaluation
+from distill.frozen import Frozen
+from distill.guidance import ClassifierFreeGuidance, GuidanceRule
+from distill.samplers import SeededNoise
+from distill.space import ModelSpace, check_fit
+from distill.types import Batch, Cond, DataSpec, Sample
+
+
+class SampledModule(LightningModule, ABC):
+    """The half of a `Method` that draws: a student, its average and a teacher, between a data module and pixels.
+
+    Attributes:
+        student: the denoiser that is trained.
+        ema: the average of the student, which is what is sampled.
+        guidance: how the teacher is guided, or None.
+        evaluation: what is drawn and measured.
+        sample_shape: shape of one sample in model space; `check_data` sets it from the data.
+    """
+
+    student: Denoiser
+    ema: EMA
+    guidance: GuidanceRule | None
+    evaluation: Evaluation
+    _teacher: Frozen | None
+    _space: Frozen
+    sample_shape: tuple[int, ...] | None = None
+
+    def generator(self, student: Denoiser) -> Denoiser:
+        """The denoiser that is sampled, made of the student or its average: itself, unless a method wraps it."""
+        return student
+
+    @property
+    def teacher(self) -> Denoiser:
+        """The frozen teacher. Raises ValueError if there is none."""
+        if self._teacher is None:
+            raise ValueError(f"{type(self).__name__} was built without a teacher: set model.teacher.")
+        return self._teacher.module
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the method was built with a teacher."""
+        return self._teacher is not None
+
+    def guided_teacher(self, null: Cond) -> Denoiser:
+        """The teacher under the method's guidance rule."""
+        return self.teacher if self.guidance is None else self.guidance(self.teacher, null)
+
+    @property
+    def space(self) -> ModelSpace:
+        """What stands between the data and the networks; never trained and never saved."""
+        return self._space.module
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch in model space, as `losses` is given it."""
+        return self.space.encode(batch)
+
+    def to_pixels(self, samples: Sample) -> Tensor:
+        """Samples ``(b, *shape)`` in model space as pixels in [-1, 1], not clamped."""
+        return self.space.decode(samples)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        steps: int,
+        indices: Sequence[int],
+        cond: Cond,
+        null: Cond,
+        seed: int = 0,
+        source: str = "ema",
+        guidance: float | None = None,
+    ) -> Sample:
+        """Samples number ``indices`` of a seed, ``(len(indices), *shape)`` in model space, each the same in any batch and rank.
+
+        Args:
+            steps: sampler steps.
+            indices: numbers of the samples; ``cond`` and ``null`` have a row for each.
+            cond, null: conditions on this module's device.
+            seed: seed of the set.
+            source: ``ema``, ``student`` or ``teacher``.
+            guidance: a guidance scale (1 is none) for the sampled network; None leaves the teacher its rule.
+        """
+        shape = self.sample_shape or self.student.shape
+        if shape is None or None in shape:
+            raise ValueError(f"samples have no shape: the student takes {shape}; call check_data with that of the data first.")
+        fresh = SeededNoise(seed, indices, shape)  # type: ignore[arg-type]
+        noise = fresh.draw(self.device)
+        if source not in ("ema", "student", "teacher"):
+            raise ValueError(f"source={source!r}: give 'ema', 'student' or 'teacher'.")
+        if source == "teacher":
+            rule = self.guidance if guidance is None else ClassifierFreeGuidance(guidance)
+            denoiser = self.teacher if rule is None else rule(self.teacher, null)
+            return self.evaluation.sample_teacher(denoiser, noise, cond, steps, fresh)
+        module: Denoiser = {"ema": self.ema.module, "student": self.student}[source]
+        denoiser, cond = self.guided_generator(self.generator(module), cond, null, guidance)
+        training = module.training
+        samples = self.evaluation.sample_student(denoiser.eval(), noise, cond, steps, fresh)
+        module.train(training)
+        return samples
+
+    def guided_generator(
+        self, generator: Denoiser, cond: Cond, null: Cond, guidance: float | None
+    ) -> tuple[Denoiser, Cond]:
+        """The generator and conditions for sampling at a guidance scale: by default a classifier-free rule around it."""
+        return (generator if guidance is None else ClassifierFreeGuidance(guidance)(generator, null)), cond
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        assert batch.x0 is not None
+        real = self.to_pixels(batch.x0) if batch.encoded else batch.x0
+        for steps, pixels in self.predict_step(batch, batch_idx).items():
+            metrics: Any = self.metrics[str(steps)]
+            for name, metric in metrics.items():
+                metric.update(pixels, real, batch.cond)
+                self.log(f"val/{name}/{steps}", metric, batch_size=len(batch))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[int, Tensor]:
+        """Samples, as pixels, for the conditions of the batch, by number of steps."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        first = (batch_idx * self.trainer.world_size + self.global_rank) * data.eval_batch_size
+        ready = self.prepare(replace(batch, x0=None))
+        return {n: self.draw_pixels(n, range(first, first + len(batch)), ready) for n in self.evaluation.steps}
+
+    def draw_pixels(self, steps: int, indices: Sequence[int], ready: Batch, source: str = "ema") -> Tensor:
+        """`draw` for the conditions of a batch in model space and with the seed of the evaluation, as pixels."""
+        return self.to_pixels(self.draw(steps, indices, ready.cond, ready.null, self.evaluation.seed, source))
+
+    def check_data(self, spec: DataSpec) -> None:
+        """Refuses data that a network does not fit, and takes the shape of samples from it.
+
+        Raises:
+            ValueError: naming the keys and both values.
+        """
+        spec = self.space.spec(spec)
+        for key, denoiser in (("teacher", self._teacher and self._teacher.module), ("student", self.student)):
+            if denoiser is not None:
+                check_fit(f"model.{key}", denoiser, spec)
+        self.sample_shape = spec.shape

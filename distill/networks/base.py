@@ -1,0 +1,168 @@
+"""What every network has in common: one call, what it accepts, extra scalar inputs; and what those of diffusers share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from distill.adapters import ScalarInput
+from distill.types import Cond, Sample, Time
+
+SCALAR_ORIGINS = {"guidance": 1.0}
+"""The value of each extra scalar input that is embedded as 0."""
+
+
+class Network(nn.Module, ABC):
+    """A raw network behind one call, ``network(x, time, cond, r) -> F``.
+
+    Attributes:
+        shape: of a sample ``(c, h, w)``; None where any size will do.
+        native_shape: of the samples that it was made for.
+        num_classes: classes of ``cond["labels"]``; the null class is the one after them. None for no labels.
+        widths: the conditions that it must be given, with the size of their last dimension.
+        scalars: extra scalar inputs by name, see `add_scalar_input`.
+        own_scalars: scalar inputs that the network has by itself, such as Flux' embedded ``guidance``.
+        null_class: whether the class after ``num_classes`` exists; without it ``labels`` cannot be guided.
+    """
+
+    shape: tuple[int | None, ...]
+    native_shape: tuple[int, ...]
+    num_classes: int | None = None
+    widths: dict[str, int]
+    scalars: nn.ModuleDict
+    own_scalars: tuple[str, ...] = ()
+    null_class: bool = True
+
+    @abstractmethod
+    def forward(self, x: Sample, time: Time, cond: Cond, r: Time | None = None) -> Sample:
+        """Raw prediction ``(b, c, h, w)`` at network times ``(b,)``; ``r`` is the second time of networks that have one.
+
+        Raises:
+            ValueError: a second time or no value for a scalar input; names it.
+            KeyError: a condition that the network reads is not in ``cond``.
+        """
+
+    @abstractmethod
+    def time_embedding(self) -> tuple[nn.Module, int]:
+        """The MLP that embeds times, and the size of its input: where scalar inputs are added."""
+
+    def add_scalar_input(self, name: str) -> None:
+        """The network now also reads ``cond[name]`` ``(b,)``, at first without effect; see `ScalarInput`.
+
+        Nothing changes if it reads one of that name already, its own or one that was added.
+        """
+        if name in self.scalars or name in self.own_scalars:
+            return
+        embedding, width = self.time_embedding()
+        scalar = ScalarInput(embedding, width, SCALAR_ORIGINS.get(name, 0.0))
+        # Its weights stay in float32, whatever the model's are: they start at zero and are to be trained.
+        self.scalars[name] = scalar.to(next(embedding.parameters()).device)
+
+    def read_scalars(self, cond: Cond) -> None:
+        """Hands each scalar input its value. Raises ValueError for one that is not in ``cond``."""
+        for name, scalar in self.scalars.items():
+            scalar.value = read_scalar(cond, name)
+
+
+def read_scalar(cond: Cond, name: str) -> Tensor:
+    """``cond[name]`` ``(b,)`` for a network that cannot do without. Raises ValueError if it is missing."""
+    if name not in cond:
+        raise ValueError(f"cond[{name!r}] is missing: this network was trained with {name} as an input; pass a value.")
+    return cond[name]
+
+
+class DiffusersNetwork(Network):
+    """A model of diffusers.
+
+    Args:
+        config: the keywords of the model's class, for a new model with random weights; `of` wraps one that exists.
+
+    Attributes:
+        model_class: name of its class in diffusers.
+        component: its folder in a pipeline's folder, ``unet`` or ``transformer``.
+        model: the model itself.
+    """
+
+    model_class: ClassVar[str]
+    component: ClassVar[str]
+    model: Any
+
+    def __init__(self, config: dict[str, Any]):
+        import diffusers
+
+        model_class = getattr(diffusers, self.model_class)
+        try:
+            model = model_class(**config)
+        except TypeError as error:
+            raise ValueError(f"config={config}: {self.model_class} does not take it ({error}).") from error
+        nn.Module.__init__(self)
+        self._wrap(model)
+
+    @classmethod
+    def of(cls, model: Any) -> Any:
+        """Wraps a model of ``model_class``, weights and all."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._wrap(model)
+        return self
+
+    def _wrap(self, model: Any) -> None:
+        self.model = model
+        self.scalars = nn.ModuleDict()
+        self.widths = {}
+        inputs, outputs = model.config.in_channels, model.config.out_channels
+        if outputs not in (None, inputs, 2 * inputs):
+            raise ValueError(
+                f"{self.model_class} with in_channels={inputs} and out_channels={outputs}: a network of plain samples has as many "
+                "outputs as inputs, or twice as many with a learned variance; what reads images beside its sample is not known here."
+            )
+        self.read_config(model.config)
+
+    @abstractmethod
+    def read_config(self, config: Any) -> None:
+        """Sets ``shape``, ``native_shape``, ``num_classes`` and ``widths`` from the model's config.
+
+        Raises:
+            ValueError: a variant of the family that this wrapper does not know, naming the key.
+        """
+
+    def refuse_unknown(self, config: Any, known: dict[str, Any]) -> None:
+        """Raises ValueError if ``config`` has other values than ``known``, the only ones that this wrapper can call, naming the key."""
+        for key, value in known.items():
+            if config.get(key) != value:
+                raise ValueError(f"{self.model_class} with {key}={config.get(key)!r} is not known here; known is {key}={value!r}.")
+
+    def sample_size(self, config: Any) -> tuple[int, int]:
+        """Height and width that the model was made for. Raises ValueError if its config does not say."""
+        if config.sample_size is None:
+            raise ValueError(f"{self.model_class} with sample_size=None: write the height of its samples into its config.json.")
+        size = config.sample_size
+        return (size[0], size[1]) if isinstance(size, list | tuple) else (size, size)
+
+    def check_size(self, x: Sample, multiple: int) -> None:
+        """Raises ValueError if height or width of ``x`` ``(b, c, h, w)`` cannot be cut into patches of this size."""
+        if x.shape[-2] % multiple or x.shape[-1] % multiple:
+            raise ValueError(f"samples of {x.shape[-2]}x{x.shape[-1]}: {self.model_class} takes multiples of {multiple}.")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision in which the model computes: that of its weights (of the base's, under LoRA)."""
+        return self.model.dtype
+
+    def cast(self, value: Tensor) -> Tensor:
+        """``value`` in the model's precision, if it is floating."""
+        return value.to(self.dtype) if value.is_floating_point() else value
+
+    def forward(self, x: Sample, time: Time, cond: Cond, r: Time | None = None) -> Sample:
+        if r is not None:
+            raise ValueError(f"{self.model_class} has no second time input.")
+        self.read_scalars(cond)
+        # A learned variance comes after the prediction, in channels of its own (Nichol & Dhariwal 2102.09672).
+        return self.predict(self.cast(x), time, cond)[:, : x.shape[1]]
+
+    @abstractmethod
+    def predict(self, x: Sample, time: Time, cond: Cond) -> Sample:
+        """The model's output for ``x`` in its own precision and ``cond`` in any: ``(b, c or 2 c, h, w)``."""

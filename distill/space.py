@@ -1,0 +1,94 @@
+"""Between data and networks: pixels and prompts are encoded before a method sees them, samples decoded before they are shown."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.codecs import Codec, IdentityCodec
+from distill.conditioners import Conditioner
+from distill.denoiser import Denoiser
+from distill.types import Batch, DataSpec, Sample
+
+
+class ModelSpace(nn.Module):
+    """Where networks work: latents instead of pixels, conditions instead of prompts.
+
+    Args:
+        codec: None if networks work on pixels.
+        conditioner: None if the data has no prompts.
+    """
+
+    def __init__(self, codec: Codec | None = None, conditioner: Conditioner | None = None):
+        super().__init__()
+        self.codec, self.conditioner = codec or IdentityCodec(), conditioner
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Paths and hashes of the parts, what a checkpoint keeps of them."""
+        return {"codec": self.codec.identity, "conditioner": self.conditioner and self.conditioner.identity}
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> Batch:
+        """The batch in model space; what is encoded already stays as it is. Draws from torch's global generator."""
+        if batch.x0 is not None and not batch.encoded:
+            batch = replace(batch, x0=self.codec.encode(batch.x0), encoded=True)
+        if batch.prompts is not None and self.conditioner is not None:
+            cond, null = self.conditioner(batch.prompts)
+            batch = replace(batch, cond=batch.cond | cond, null=batch.null | null, prompts=None)
+        return batch
+
+    @torch.no_grad()
+    def decode(self, samples: Sample) -> Tensor:
+        """Pixels ``(b, c, h, w)`` of samples in model space."""
+        return self.codec.decode(samples)
+
+    def spec(self, spec: DataSpec) -> DataSpec:
+        """What networks are given of data that delivers ``spec``.
+
+        Raises:
+            ValueError: prompts without a conditioner, data encoded by another codec or conditioner, images that the codec
+                cannot encode; names the keys and the values.
+        """
+        for part, made_by in (("codec", spec.codec), ("conditioner", spec.conditioner)):
+            own = (self.identity[part] or {}).get("sha256")
+            if made_by is not None and own is not None and made_by != own:
+                raise ValueError(
+                    f"data was encoded by a {part} with sha256 {made_by[:12]}, but model.space.{part} is {self.identity[part]}: "
+                    "give the same weights, or encode the data again by tools/encode_latents.py."
+                )
+        if spec.prompts and self.conditioner is None:
+            raise ValueError("data delivers prompts, but model.space.conditioner is null: give the teacher's conditioner.")
+        widths = dict(spec.widths) | (self.conditioner.widths if spec.prompts and self.conditioner else {})
+        shape = spec.shape if spec.codec is not None else self.codec.latent_shape(spec.shape)
+        return replace(spec, shape=shape, widths=widths)
+
+
+def check_fit(key: str, denoiser: Denoiser, spec: DataSpec) -> None:
+    """Raises ValueError if the denoiser of a config's ``key`` cannot take data, given in model space, of ``spec``."""
+    shape = denoiser.shape
+    fits = shape is None or (len(shape) == len(spec.shape) and all(a in (None, b) for a, b in zip(shape, spec.shape)))
+    if not fits:
+        raise ValueError(
+            f"{key} works on samples of shape {shape} (channels, height, width), but data delivers {spec.shape}: "
+            f"give a {key.split('.')[-1]} of the data's shape, or other data or another model.space.codec."
+        )
+    if denoiser.num_classes is not None and denoiser.num_classes != spec.num_classes:
+        raise ValueError(
+            f"{key} has {denoiser.num_classes} classes, but data has {spec.num_classes}: "
+            f"give a {key.split('.')[-1]} with as many classes as the data."
+        )
+    for name, width in denoiser.widths.items():
+        if name not in spec.widths:
+            raise ValueError(
+                f"{key} must be given {name!r}, which neither data nor model.space.conditioner makes "
+                f"({sorted(spec.widths) or 'no text conditions'}): set model.space.conditioner to the one of its family."
+            )
+        if spec.widths[name] != width:
+            raise ValueError(
+                f"{key} reads {name!r} of width {width}, but model.space.conditioner makes width {spec.widths[name]}: "
+                "give the text encoder that the network was trained with."
+            )
