@@ -1,9 +1,11 @@
 """Draws samples of a run's student, or of a teacher: ``samples.npz``, ``samples.json`` and ``grid.png`` in a folder.
 
     python tools/sample.py --run runs/digits/cd --steps 1 --num 1800 --out samples/cd
+    python tools/sample.py --run runs/captions/lcm_lora --steps 4 --prompts "a photo of the digit seven" --out samples/seven
     python tools/sample.py --teacher runs/digits/teacher/export --steps 32 --solver heun --out samples/teacher
 
-Sample i depends on the seed and on i alone, not on the batch size. Labels run through the classes in turn unless given.
+Sample i depends on the seed and on i alone, not on the batch size. Labels or prompts run in turn through those given; if none
+are, labels through all classes, and a run's prompts through the examples of its data.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.denoiser import Denoiser
-from distill.types import Cond, label_conditions
+from distill.space import ModelSpace
+from distill.types import Batch, label_conditions
 
 SOLVERS = {"euler": "Euler", "ddim": "DDIM", "heun": "Heun", "dpm": "DPMSolver2M"}
 
@@ -35,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num", type=int, default=1000, help="number of samples")
     parser.add_argument("--seed", type=int, default=0, help="seed of the set")
     parser.add_argument("--labels", type=int, nargs="+", help="labels to run through instead of all classes")
+    parser.add_argument("--prompts", nargs="+", help="prompts to run through")
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 is none")
     parser.add_argument("--solver", choices=sorted(SOLVERS), help="of a teacher (default heun)")
     parser.add_argument("--batch-size", type=int, default=300, help="samples at once; does not change them")
@@ -56,24 +59,33 @@ class TeacherSource:
         from distill import samplers, solvers, times
         from distill.pretrained import PretrainedDenoiser
         from distill.schedules import VarianceExploding
+        from distill.space import space_of
 
         denoiser = PretrainedDenoiser(arguments.teacher).to(arguments.device).eval()
         solver = arguments.solver or "heun"
         grid = times.KarrasGrid() if isinstance(denoiser.schedule, VarianceExploding) else times.UniformGrid()
-        self.denoiser: Denoiser = denoiser
+        self.denoiser = denoiser
         self.sampler = samplers.OdeSampler(getattr(solvers, SOLVERS[solver])(), grid)
-        self.num_classes = denoiser.num_classes
+        self.num_classes, self.space = denoiser.num_classes, space_of(arguments.teacher, denoiser.network)
+        self.space.to(arguments.device)
+        if denoiser.widths and not arguments.prompts:
+            raise ValueError(f"--prompts is missing: the teacher {arguments.teacher} draws what prompts say.")
         self.record = {"teacher": denoiser.identity, "solver": solver, "grid": type(grid).__name__}
 
-    def draw(self, arguments: argparse.Namespace, indices: range, cond: Cond, null: Cond) -> Tensor:
+    def examples(self, count: int) -> Batch:
+        """The classes in turn."""
+        if self.num_classes is None:
+            return Batch(None, {}, {})
+        return Batch(None, *label_conditions(torch.arange(count) % self.num_classes, self.num_classes))
+
+    def draw(self, arguments: argparse.Namespace, indices: range, ready: Batch) -> Tensor:
         from distill.guidance import ClassifierFreeGuidance
         from distill.samplers import SeededNoise
 
-        assert self.denoiser.shape is not None
-        noise = SeededNoise(arguments.seed, indices, self.denoiser.shape)
+        noise = SeededNoise(arguments.seed, indices, self.denoiser.network.native_shape)
         rule = ClassifierFreeGuidance(1.0 if arguments.guidance is None else arguments.guidance)
         unit = noise.draw(torch.device(arguments.device))
-        return self.sampler(rule(self.denoiser, null), unit, cond, arguments.steps, noise)
+        return self.sampler(rule(self.denoiser, ready.null), unit, ready.cond, arguments.steps, noise)
 
 
 class RunSource:
@@ -84,39 +96,56 @@ class RunSource:
 
         _, self.method, data = load_run(arguments.run, arguments.checkpoint)
         self.method.to(arguments.device)
-        self.num_classes = data.spec.num_classes
+        self.num_classes, self.space, self.examples = data.spec.num_classes, self.method.space, data.examples
         self.record = {"run": str(arguments.run), "checkpoint": arguments.checkpoint, "weights": arguments.weights}
         self.record["batches_trained"] = self.method.batches_seen
 
-    def draw(self, arguments: argparse.Namespace, indices: range, cond: Cond, null: Cond) -> Tensor:
+    def draw(self, arguments: argparse.Namespace, indices: range, ready: Batch) -> Tensor:
         return self.method.draw(
-            arguments.steps, indices, cond, null, arguments.seed, arguments.weights, arguments.guidance
+            arguments.steps, indices, ready.cond, ready.null, arguments.seed, arguments.weights, arguments.guidance
         )
 
 
-def make_labels(arguments: argparse.Namespace, num_classes: int | None) -> Tensor | None:
-    """Label of each sample ``(num,)``, or None for a network without classes."""
-    if num_classes is None:
-        if arguments.labels:
-            raise ValueError("--labels: this network has no classes; leave the option out.")
-        return None
-    wrong = [label for label in arguments.labels or [] if not 0 <= label < num_classes]
-    if wrong:
-        raise ValueError(f"--labels={wrong}: give labels from 0 to {num_classes - 1}.")
-    cycle = torch.tensor(arguments.labels or range(num_classes))
-    return cycle[torch.arange(arguments.num) % len(cycle)]
+def requests(source: Any, arguments: argparse.Namespace) -> Batch:
+    """What each of the samples is to show: a batch of ``num`` conditions and prompts, without images.
+
+    Raises:
+        ValueError: labels or prompts that the source cannot take.
+    """
+    examples: Batch = source.examples(arguments.num)
+    cycle = torch.arange(arguments.num)
+    if arguments.labels:
+        if source.num_classes is None or arguments.prompts:
+            raise ValueError("--labels: this network has no classes, or is given prompts; leave the option out.")
+        if wrong := [label for label in arguments.labels if not 0 <= label < source.num_classes]:
+            raise ValueError(f"--labels={wrong}: give labels from 0 to {source.num_classes - 1}.")
+        labels = torch.tensor(arguments.labels)[cycle % len(arguments.labels)]
+        return Batch(None, *label_conditions(labels, source.num_classes))
+    if arguments.prompts:
+        if source.space.conditioner is None:
+            raise ValueError("--prompts: this network reads none; leave the option out.")
+        return Batch(None, {}, {}, prompts=[arguments.prompts[i % len(arguments.prompts)] for i in cycle.tolist()])
+    return examples
+
+
+def rows(batch: Batch, indices: range, device: str) -> Batch:
+    """Some rows of a batch of conditions and prompts, on a device."""
+    part = slice(indices.start, indices.stop)
+    cond, null = ({key: value[part].to(device) for key, value in side.items()} for side in (batch.cond, batch.null))
+    return Batch(None, cond, null, prompts=None if batch.prompts is None else batch.prompts[part])
 
 
 @torch.no_grad()
-def draw_all(source: Any, arguments: argparse.Namespace, labels: Tensor | None) -> Tensor:
-    """All samples ``(num, c, h, w)`` in [-1, 1], on the CPU, batch by batch under a progress bar."""
+def draw_all(source: Any, arguments: argparse.Namespace, wanted: Batch) -> Tensor:
+    """All samples ``(num, c, h, w)`` as pixels in [-1, 1], on the CPU, batch by batch under a progress bar."""
     from tqdm import tqdm
 
+    space: ModelSpace = source.space
     batches = []
     for first in tqdm(range(0, arguments.num, arguments.batch_size), desc="sampling", unit="batch"):
         indices = range(first, min(first + arguments.batch_size, arguments.num))
-        cond, null = ({}, {}) if labels is None else label_conditions(labels[indices].to(arguments.device), source.num_classes)
-        batches.append(source.draw(arguments, indices, cond, null).cpu())
+        ready = space.encode(rows(wanted, indices, arguments.device))
+        batches.append(space.decode(source.draw(arguments, indices, ready)).cpu())
     return torch.cat(batches)
 
 
@@ -125,11 +154,11 @@ def main() -> None:
     arguments = parse_arguments()
     try:
         source: Any = RunSource(arguments) if arguments.run else TeacherSource(arguments)
-        labels = make_labels(arguments, source.num_classes)
-        samples = draw_all(source, arguments, labels)
+        wanted = requests(source, arguments)
+        samples = draw_all(source, arguments, wanted)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    write(Path(arguments.out), samples, labels, source, arguments)
+    write(Path(arguments.out), samples, wanted.cond.get("labels"), source, arguments)
 
 
 def write(out: Path, samples: Tensor, labels: Tensor | None, source: Any, arguments: argparse.Namespace) -> None:
@@ -144,7 +173,7 @@ def write(out: Path, samples: Tensor, labels: Tensor | None, source: Any, argume
     out.mkdir(parents=True, exist_ok=True)
     arrays = [to_uint8(samples).permute(0, 2, 3, 1).numpy()] + ([] if labels is None else [labels.numpy()])
     numpy.savez_compressed(out / "samples.npz", *arrays)
-    keys = ("seed", "steps", "guidance", "num", "device")
+    keys = ("seed", "steps", "guidance", "num", "prompts", "device")
     record = source.record | {key: getattr(arguments, key) for key in keys}
     record["versions"] = {"distill": version("distill"), "torch": torch.__version__}
     (out / "samples.json").write_text(json.dumps(record, indent=2) + "\n")
