@@ -38,11 +38,15 @@ class ScalarInput(nn.Module):
         self.projection = nn.Linear(dimension, width, bias=False)
         nn.init.zeros_(self.projection.weight)
         self.value: Time | None = None
+        self.add_to(embedding)
+
+    def add_to(self, embedding: nn.Module) -> None:
+        """Hooks a further embedding of times: some networks have one in each block."""
         # A bound method, not a closure: a deep copy of the network then hooks the copy's own scalar input.
         embedding.register_forward_pre_hook(self._add)
 
     def _add(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         if self.value is None:
             raise ValueError("The network has an extra scalar input and was called without a value for it.")
-        own = self.projection(sinusoid(1000 * (self.value - self.origin), self.dimension))
+        own = self.projection(sinusoid(1000 * (self.value - self.origin), self.dimension).to(self.projection.weight.dtype))
         return (inputs[0] + own.to(inputs[0].dtype), *inputs[1:])

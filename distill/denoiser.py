@@ -60,12 +60,16 @@ class Denoiser(nn.Module, ABC):
         shape: shape of one sample, ``(c, h, w)``, with None where any size will do; None if any shape will.
         num_classes: number of classes that ``cond["labels"]`` may name (the null class comes after them), or None.
         widths: the conditions that the network must be given and the size of their last dimension, ``{"prompt_embeds": 768}``.
+        null_class: whether ``cond["labels"]`` has a null class; without one there is no guidance away from it.
+        scalar_inputs: scalar conditions that the network embeds: one that reads ``guidance`` is guided by that input.
     """
 
     schedule: NoiseSchedule
     shape: tuple[int | None, ...] | None = None
     num_classes: int | None = None
     widths: dict[str, int] = MappingProxyType({})  # type: ignore[assignment]
+    null_class: bool = True
+    scalar_inputs: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, x: Sample, t: Time, cond: Cond, r: Time | None = None) -> Sample:
@@ -77,7 +81,8 @@ class Denoiser(nn.Module, ABC):
     def describe_as(self, other: Denoiser) -> None:
         """Takes over what ``other``, the denoiser that this one wraps, accepts."""
         self.schedule, self.shape = other.schedule, other.shape
-        self.num_classes, self.widths = other.num_classes, other.widths
+        self.num_classes, self.null_class = other.num_classes, other.null_class
+        self.widths, self.scalar_inputs = other.widths, other.scalar_inputs
 
     def under(self, schedule: NoiseSchedule) -> Denoiser:
         """The same denoiser in another schedule: times and inputs are mapped by equal noise-to-signal ratio.
@@ -109,7 +114,11 @@ class NetworkDenoiser(Denoiser):
         super().__init__()
         self.network, self.schedule, self.prediction, self.sigma_data = network, schedule, prediction, sigma_data
         self.shape, self.num_classes = getattr(network, "shape", None), getattr(network, "num_classes", None)
-        self.widths = dict(getattr(network, "widths", {}))
+        self.null_class, self.widths = getattr(network, "null_class", True), dict(getattr(network, "widths", {}))
+
+    @property
+    def scalar_inputs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (*getattr(self.network, "own_scalars", ()), *getattr(self.network, "scalars", ()))
 
     def coefficients(self, t: Time) -> tuple[Time, Time, Time]:
         """``(scale, skip, out)`` at ``t``, float64 ``(b,)``."""

@@ -54,6 +54,11 @@ class ClassifierFreeGuidance(GuidanceRule):
                 f"guidance.scale={self.scale}: the data carries no condition, so there is nothing to guide towards; "
                 "set guidance to null, or give data with labels or prompts."
             )
+        if denoiser.num_classes is not None and not denoiser.null_class:
+            raise ValueError(
+                f"guidance.scale={self.scale}: the network has {denoiser.num_classes} classes and no null class to be guided away "
+                "from; set guidance to null."
+            )
         return GuidedDenoiser(denoiser, null, self)
 
     def scale_at(self, nsr: Time) -> Tensor:

@@ -260,10 +260,29 @@ def latent_style(**settings: Any) -> Consistency:
 
 def test_guidance_is_drawn_for_each_sample_and_reaches_student_and_teacher():
     method, batch = latent_style(guidance_range=(2.0, 5.0)), batch_of(0, 4000)
-    cond, rule = method.draw_guidance(batch.cond)
+    cond, teacher_cond, rule = method.draw_guidance(batch.cond)
+    assert "guidance" not in teacher_cond
     assert isinstance(rule, ClassifierFreeGuidance) and torch.equal(cond["guidance"], rule.scale)
     assert float(rule.scale.min()) == pytest.approx(2.0, abs=0.01) and float(rule.scale.max()) == pytest.approx(5.0, abs=0.01)
     assert float(rule.scale.mean()) == pytest.approx(3.5, abs=0.05) and "guidance" not in batch.cond
+
+
+def test_a_student_that_embeds_no_guidance_is_given_none():
+    method = latent_style(embed_guidance=False)
+    cond, _, rule = method.draw_guidance(batch_of(0).cond)
+    assert isinstance(rule, ClassifierFreeGuidance) and "guidance" not in cond and not method.student.network.scalars
+    fit(method, [batch_of(0, 32)], 2)
+    method.draw(1, range(6), *label_conditions(torch.arange(6) % 2, 2))
+
+
+def test_a_teacher_that_embeds_guidance_is_given_the_scale_and_no_rule_besides():
+    teacher = small(num_classes=2)
+    teacher.network.add_scalar_input("guidance")
+    method = latent_style(teacher=teacher, embed_guidance=False)
+    cond, teacher_cond, rule = method.draw_guidance(batch_of(0).cond)
+    assert rule is None and "guidance" not in cond and teacher_cond["guidance"].min() >= 1
+    assert teacher.under(VarianceExploding()).scalar_inputs == ("guidance",)
+    fit(method, [batch_of(0, 32)], 2)
 
 
 def test_student_starts_without_reading_its_guidance_and_then_does():

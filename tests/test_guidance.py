@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import small
 from oracle import SCHEDULES, Mixture
 
 from distill.denoiser import Denoiser
@@ -32,6 +33,16 @@ def setting(schedule: NoiseSchedule = RectifiedFlow()):
     t = schedule.time_of_nsr(torch.tensor([0.25, 0.7, 1.5, 4.0], dtype=torch.float64))
     x = torch.randn(4, 2, dtype=torch.float64) * schedule.scale(t)[:, None]
     return Counted(schedule), x, t, *label_conditions(torch.tensor([0, 1, 2, 0]), 3)
+
+
+def test_classes_without_a_null_class_are_not_guided():
+    """Class 2 of two would be read from beyond the table of embeddings."""
+    denoiser = small(num_classes=2)
+    denoiser.null_class = False
+    cond, null = label_conditions(torch.arange(2), 2)
+    ClassifierFreeGuidance(1.0)(denoiser, null)
+    with pytest.raises(ValueError, match="guidance.scale=2.0.*no null class"):
+        ClassifierFreeGuidance(2.0)(denoiser, null)
 
 
 @pytest.mark.parametrize("schedule", [RectifiedFlow(), RectifiedFlow(3.0), VarianceExploding()], ids=repr)

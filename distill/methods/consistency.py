@@ -76,7 +76,7 @@ class Consistency(Method):
         if teacher is None and (solver is not None or student is None):
             raise ValueError("model.teacher is missing: give it, or set model.solver to null and give model.student.")
         if student is not None and lora is not None:
-            raise ValueError(f"model.student and model.lora={lora} are both set: LoRA layers stand on the teacher; leave one null.")
+            raise ValueError(f"model.student and model.lora={lora} are both set: LoRA layers stand on the teacher; set one only.")
         if student is None:
             assert teacher is not None
             student = start_student(teacher, lora)
@@ -105,12 +105,12 @@ class Consistency(Method):
         end = u <= schedule.t_min
         eps = torch.randn_like(x0) if batch.noise is None else batch.noise
         x_t = schedule.add_noise(x0, eps, t)
-        cond, rule = self.draw_guidance(batch.cond)
+        cond, teacher_cond, rule = self.draw_guidance(batch.cond)
         with torch.no_grad():
             if self.solver is None:
                 x_u = schedule.add_noise(x0, eps, u)
             else:
-                x_u = self.teacher_step(self.solver, rule, x_t, t, u, cond, batch.null)
+                x_u = self.teacher_step(self.solver, rule, x_t, t, u, teacher_cond, batch.null)
             self.seed_draws("network")
             follower: Denoiser = self.student if self.target is None else self.target.module
             target = self.generator(follower)(x_u, u, cond)
@@ -120,16 +120,23 @@ class Consistency(Method):
         distances = self.distance(prediction, target)
         return {"loss": (self.weight(schedule, t, u) * distances).mean(), "distance": distances.mean()}
 
-    def draw_guidance(self, cond: Cond) -> tuple[Cond, GuidanceRule | None]:
-        """The student's conditions and the teacher's rule, with a guidance scale drawn for each sample if one is to be."""
+    def draw_guidance(self, cond: Cond) -> tuple[Cond, Cond, GuidanceRule | None]:
+        """The student's and the teacher's conditions and the teacher's rule, with a scale drawn for each sample if one is to be.
+
+        A teacher that reads a guidance scale itself, such as Flux dev, is given the scale and no rule besides.
+        """
         if self.guidance_range is None:
-            return cond, self.guidance
+            return cond, cond, self.guidance
         if not cond:
             raise ValueError(f"guidance_range={self.guidance_range}: the data carries no condition; set it to null.")
         low, high = self.guidance_range
         rows = next(iter(cond.values()))
         scale = low + (high - low) * torch.rand(len(rows), device=rows.device)
-        return ({**cond, "guidance": scale} if self.embed_guidance else cond), ClassifierFreeGuidance(scale)
+        scaled = {**cond, "guidance": scale}
+        own = scaled if self.embed_guidance else cond
+        if "guidance" in self.teacher.scalar_inputs:
+            return own, scaled, None
+        return own, cond, ClassifierFreeGuidance(scale)
 
     def teacher_step(
         self, solver: Solver, rule: GuidanceRule | None, x_t: Sample, t: Time, u: Time, cond: Cond, null: Cond

@@ -47,6 +47,8 @@ class DenoisingTraining(Method):
         super().__init__(student, None, None, optimization, evaluation, space)
         if not 0 <= null_probability < 1:
             raise ValueError(f"null_probability={null_probability}: give a share in [0, 1).")
+        if null_probability and student.num_classes is not None and not student.null_class:
+            raise ValueError(f"null_probability={null_probability}: the network has no null class; set it to 0.")
         self.times, self.weight, self.null_probability = times, weight or ConstantWeight(), null_probability
 
     def losses(self, batch: Batch) -> Losses:

@@ -116,8 +116,8 @@ class DiffusersNetwork(Network):
         inputs, outputs = model.config.in_channels, model.config.out_channels
         if outputs not in (None, inputs, 2 * inputs):
             raise ValueError(
-                f"{self.model_class} with in_channels={inputs} and out_channels={outputs}: a network of plain samples has as many "
-                "outputs as inputs, or twice as many with a learned variance; what reads images beside its sample is not known here."
+                f"{self.model_class} with in_channels={inputs} and out_channels={outputs}: known are as many outputs as "
+                "inputs, or twice as many with a learned variance; networks that read an image beside their sample are not."
             )
         self.read_config(model.config)
 
@@ -130,10 +130,10 @@ class DiffusersNetwork(Network):
         """
 
     def refuse_unknown(self, config: Any, known: dict[str, Any]) -> None:
-        """Raises ValueError if ``config`` has other values than ``known``, the only ones that this wrapper can call, naming the key."""
+        """Raises ValueError, naming the key, if ``config`` differs from ``known``, the values that this wrapper can call."""
         for key, value in known.items():
-            if config.get(key) != value:
-                raise ValueError(f"{self.model_class} with {key}={config.get(key)!r} is not known here; known is {key}={value!r}.")
+            if (own := config.get(key)) != value:
+                raise ValueError(f"{self.model_class} with {key}={own!r} is not known here; known is {key}={value!r}.")
 
     def sample_size(self, config: Any) -> tuple[int, int]:
         """Height and width that the model was made for. Raises ValueError if its config does not say."""
@@ -164,5 +164,5 @@ class DiffusersNetwork(Network):
         return self.predict(self.cast(x), time, cond)[:, : x.shape[1]]
 
     @abstractmethod
-    def predict(self, x: Sample, time: Time, cond: Cond) -> Sample:
+    def predict(self, x: Sample, time: Time, cond: Cond) -> Tensor:
         """The model's output for ``x`` in its own precision and ``cond`` in any: ``(b, c or 2 c, h, w)``."""

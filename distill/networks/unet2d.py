@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from distill.networks.base import DiffusersNetwork
 from distill.types import Cond, Sample, Time
@@ -84,5 +84,5 @@ class UNet2D(DiffusersNetwork):
     def time_embedding(self) -> tuple[nn.Module, int]:
         return self.model.time_embedding, self.model.time_embedding.linear_1.in_features
 
-    def predict(self, x: Sample, time: Time, cond: Cond) -> Sample:
+    def predict(self, x: Sample, time: Time, cond: Cond) -> Tensor:
         return self.model(x, time, class_labels=cond["labels"] if self.num_classes is not None else None).sample
