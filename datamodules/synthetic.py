@@ -62,7 +62,7 @@ class SyntheticDataModule(OrderedDataModule):
         self.size, self.spec = size, DataSpec(tuple(shape), num_classes, prompts)
 
     def batch_of(self, images: Tensor | None, items: Tensor, labels: Tensor | None = None) -> Batch:
-        """A batch of images, or of none, with the prompts of these numbers ``(b,)`` and their labels, unless others are given."""
+        """A batch of images, or of none, with the prompts of these numbers ``(b,)``, and their labels or those given."""
         classes = self.spec.num_classes
         labels = items % (classes or 1) if labels is None else labels
         cond, null = ({}, {}) if classes is None else label_conditions(labels, classes)

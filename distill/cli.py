@@ -34,7 +34,7 @@ from distill.callbacks.run_record import RunRecord
 from distill.callbacks.sample_grid import SampleGrid
 from distill.callbacks.step_progress import StepProgressBar
 from distill.checkpoints import AtomicCheckpointIO, RunCheckpoint, checkpoint_folder, find_checkpoint, read_checkpoint
-from distill.methods.base import Method
+from distill.methods.trained import TrainedModule
 from distill.parse_errors import explain
 
 BASE_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "base.yaml"
@@ -110,14 +110,14 @@ def check_trainer(trainer: Namespace, fitting: bool) -> None:
 
 
 class DistillCLI(LightningCLI):
-    """LightningCLI over `Method` and a data module, with checkpoints, sample grids, loggers and the record in a run folder."""
+    """LightningCLI over `TrainedModule` and a data module, with checkpoints, grids, loggers and the record in a run folder."""
 
     def __init__(self, args: list[str] | None = None, run: bool = True):
         settings: dict[str, Any] = {"parser_mode": "omegaconf+"}
         with_base = settings | {"default_config_files": [str(BASE_CONFIG)]}
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         super().__init__(
-            Method,
+            TrainedModule,
             LightningDataModule,
             save_config_callback=RunRecord,
             seed_everything_default=0,
@@ -239,8 +239,8 @@ class _Rebuilt(DistillCLI):
         """None is needed."""
 
 
-def load_run(folder: str | Path, checkpoint: str = "last") -> tuple[dict[str, Any], Method, LightningDataModule]:
-    """The config, the trained method (in eval mode, on the CPU) and the data module of a run.
+def load_run(folder: str | Path, checkpoint: str = "last") -> tuple[dict[str, Any], TrainedModule, LightningDataModule]:
+    """The config, the trained module (in eval mode, on the CPU) and the data module of a run.
 
     Args:
         folder: the run folder.

@@ -50,7 +50,7 @@ class IdentityCodec(Codec):
 
 
 class DiffusersCodec(Codec, ABC):
-    """An autoencoder of diffusers: ``latent = (code - shift) scale``, ``code`` being what its encoder gives.
+    """An autoencoder of diffusers: ``latent = (code - shift) factor / deviation``, ``code`` being what its encoder gives.
 
     Frozen, in evaluation mode for good, and never under autocast: it computes in ``dtype`` and takes and gives float32.
     Gradients pass through it to its input.
@@ -60,8 +60,8 @@ class DiffusersCodec(Codec, ABC):
         subfolder: of the autoencoder; null if ``path`` is the autoencoder itself.
         revision: of a hub repository.
         variant: of the weights' files, ``fp16`` for instance.
-        dtype: precision in which it computes, float32 unless given. float16 means float32 for an autoencoder whose config says
-            ``force_upcast`` (SDXL's overflows in float16), as in diffusers' pipelines; bfloat16 does not overflow and is obeyed.
+        dtype: precision in which it computes, float32 unless given. float16 becomes float32 where the config says
+            ``force_upcast`` (SDXL's overflows in float16), as in diffusers' pipelines; bfloat16 does not overflow.
         tiling: whether large images are worked on in overlapping tiles: less memory, slightly other values.
         slicing: whether images are worked on one by one: less memory, the same values.
         micro_batch: images worked on at once (LCM's training script takes 32), or None for all.
@@ -69,7 +69,8 @@ class DiffusersCodec(Codec, ABC):
 
     Attributes:
         model: the autoencoder.
-        scale, shift: numbers, or one for each channel ``(c, 1, 1)``.
+        factor: the config's scaling_factor.
+        shift, deviation: its shift_factor and 1, or for each channel ``(c, 1, 1)`` its latents_mean and latents_std.
 
     Raises:
         FileNotFoundError: a missing folder, config or weights.
@@ -77,7 +78,9 @@ class DiffusersCodec(Codec, ABC):
     """
 
     model_class: ClassVar[str]
-    tiles: ClassVar[bool] = True
+    factor: float
+    shift: float | Tensor
+    deviation: float | Tensor
 
     def __init__(
         self,
@@ -96,16 +99,14 @@ class DiffusersCodec(Codec, ABC):
             raise ValueError(f"micro_batch={micro_batch}: give a number of at least 1, or null for the whole batch at once.")
         folder = self.locate(path, subfolder, revision, variant, allow_pickle)
         config = hub.read_json(folder / "config.json")
-        scale, shift = self._read_scale(config, folder)
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("shift", shift, persistent=False)
+        self._read_scale(config, folder)
         upcast = dtype == "float16" and config.get("force_upcast", self.model_class == "AutoencoderKL")
         self.model = self._load(folder, "float32" if upcast else dtype or "float32", variant, allow_pickle)
         if tiling:
             self.model.enable_tiling()
         if slicing:
             self.model.enable_slicing()
-        self.micro_batch = micro_batch
+        self.path, self.micro_batch = path, micro_batch
         root = folder.parent if subfolder else folder
         self.identity = hub.identity(path, root, hub.component_files(root, subfolder or "", variant, allow_pickle))
 
@@ -141,17 +142,17 @@ class DiffusersCodec(Codec, ABC):
             raise ValueError(f"{folder}: the weights lack {report['missing_keys'][0]} ({len(report['missing_keys'])} in all).")
         return model.eval().requires_grad_(False)
 
-    @staticmethod
-    def _read_scale(config: dict[str, Any], folder: Path) -> tuple[Tensor, Tensor]:
-        """``(scale, shift)`` of a config: scaling_factor and shift_factor, or each channel's latents_std and latents_mean."""
-        factor, shift = config.get("scaling_factor", 1.0), config.get("shift_factor")
-        mean, std = config.get("latents_mean"), config.get("latents_std")
+    def _read_scale(self, config: dict[str, Any], folder: Path) -> None:
+        shift, mean, std = config.get("shift_factor"), config.get("latents_mean"), config.get("latents_std")
+        self.factor, self.shift, self.deviation = config.get("scaling_factor", 1.0), shift or 0.0, 1.0
         if mean is None and std is None:
-            return torch.tensor(float(factor)), torch.tensor(float(shift or 0.0))
+            return
         if mean is None or std is None or shift:
-            given = {"latents_mean": mean, "latents_std": std, "shift_factor": shift}
-            raise ValueError(f"{folder}/config.json: {given}: known are latents_mean and latents_std together, or shift_factor.")
-        return factor / torch.tensor(std)[:, None, None], torch.tensor(mean)[:, None, None]
+            given = f"latents_mean={mean}, latents_std={std}, shift_factor={shift}"
+            raise ValueError(f"{folder}/config.json: {given}: known are latents_mean with latents_std, or shift_factor.")
+        for name, values in {"shift": mean, "deviation": std}.items():
+            delattr(self, name)
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     # ------------------------------------------------------------------------------------------------------- the map
 
@@ -168,7 +169,7 @@ class DiffusersCodec(Codec, ABC):
         """A code of what `code` gave, float32."""
         return code
 
-    def train(self, mode: bool = True) -> Codec:
+    def train(self, mode: bool = True) -> DiffusersCodec:
         """Stays in evaluation mode."""
         return super().train(False)
 
@@ -177,7 +178,7 @@ class DiffusersCodec(Codec, ABC):
         config, factor = self.model.config, self.compression
         if channels != config.in_channels:
             raise ValueError(
-                f"images have {channels} channels, but the {self.model_class} of path={self.identity['path']!r} takes "
+                f"images have {channels} channels, but the {self.model_class} of path={self.path!r} takes "
                 f"{config.in_channels}: give data with {config.in_channels} channels, or another autoencoder."
             )
         if height % factor or width % factor:
@@ -190,11 +191,13 @@ class DiffusersCodec(Codec, ABC):
     def encode(self, pixels: Tensor) -> Tensor:
         self.latent_shape(tuple(pixels.shape[1:]))
         code = torch.cat([self._run(self.code, part) for part in pixels.split(self.micro_batch or len(pixels))])
-        return (self.draw(code) - self.shift) * self.scale
+        return (self.draw(code) - self.shift) * self.factor / self.deviation
 
     def decode(self, latents: Tensor) -> Tensor:
-        codes = (latents.float() / self.scale + self.shift).split(self.micro_batch or len(latents))
-        return torch.cat([self._run(lambda code: self.model.decode(code).sample, part) for part in codes])
+        # In this order pipelines scale, and floats round.
+        codes = latents.float() * self.deviation / self.factor + self.shift
+        parts = codes.split(self.micro_batch or len(codes))
+        return torch.cat([self._run(lambda part: self.model.decode(part).sample, part) for part in parts])
 
     def _run(self, function: Any, part: Tensor) -> Tensor:
         with torch.autocast(part.device.type, enabled=False):

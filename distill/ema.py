@@ -1,4 +1,4 @@
-"""Exponential moving averages of a student's weights, by decay with warm-up or by half-life in images."""
+"""Exponential moving averages of a student's weights, by decay, by half-life in images or by a power of the step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +55,30 @@ class HalfLifeAveraging(Averaging):
     def decay(self, step: int, images: int) -> float:
         half_life = self.half_life if self.ramp is None else min(self.half_life, self.ramp * step * images)
         return 0.5 ** (images / half_life) if half_life > 0 else 0.0
+
+
+class PowerFunctionAveraging(Averaging):
+    """EDM2's: weights after step t count in proportion to ``t^gamma`` (Karras et al. 2312.02696, section 3.1).
+
+    The update after the n-th step, n from 1, has decay ``(1 - 1/n)^(gamma + 1)`` (eq. 127): the first takes the weights as they
+    are.
+
+    Args:
+        sigma_rel: the profile's standard deviation as a share of the training so far, in (0, 0.2886]; the paper's: 0.05, 0.1.
+
+    Attributes:
+        gamma: the exponent, at least 0.
+    """
+
+    def __init__(self, sigma_rel: float = 0.1):
+        if not 0 < sigma_rel <= 12**-0.5:
+            raise ValueError(f"sigma_rel={sigma_rel}: give a number in (0, 0.2886]; at the end of it all steps count alike.")
+        # sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (eq. 123), a cubic in gamma: its largest root (algorithm 2).
+        ratio = sigma_rel**-2
+        self.sigma_rel, self.gamma = sigma_rel, float(numpy.roots([1, 7, 16 - ratio, 12 - ratio]).real.max())
+
+    def decay(self, step: int, images: int) -> float:
+        return (step / (step + 1)) ** (self.gamma + 1)
 
 
 class CurriculumAveraging(Averaging):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -38,7 +39,7 @@ class LoRA:
     """
 
     rank: int = 64
-    alpha: float | None = None
+    alpha: int | None = None
     targets: list[str] | None = None
     dropout: float = 0.0
 
@@ -75,15 +76,18 @@ def lora_copy(base: Denoiser, lora: LoRA) -> NetworkDenoiser:
     """
     if not isinstance(base, NetworkDenoiser) or not isinstance(base.network, DiffusersNetwork):
         raise ValueError("lora: only networks of diffusers take LoRA layers; set model.lora to null.")
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     base.requires_grad_(False)
     student = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
     alpha = lora.rank if lora.alpha is None else lora.alpha
-    targets = lora.targets_in(student.network)
-    student.network.model.add_adapter(
-        LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=targets, lora_dropout=lora.dropout), adapter_name=ADAPTER
-    )
+    network: Any = student.network
+    targets = lora.targets_in(network)
+    config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=targets, lora_dropout=lora.dropout)
+    if hasattr(network.model, "add_adapter"):
+        network.model.add_adapter(config, adapter_name=ADAPTER)
+    else:  # diffusers gives UNet2DModel and DiT no adapters of their own
+        inject_adapter_in_model(config, network.model, ADAPTER)
     return student.train()
 
 

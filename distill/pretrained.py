@@ -5,177 +5,221 @@ The schedule and the prediction type come from the scheduler's config. A user wh
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from distill import hub
 from distill.denoiser import Denoiser, NetworkDenoiser, Prediction
-from distill.networks.unet2d import UNet2D
-from distill.schedules import NoiseSchedule, RectifiedFlow, VarianceExploding, VariancePreserving
+from distill.networks.base import DiffusersNetwork
+from distill.networks.families import FAMILIES
+from distill.schedulers import check_pair, make_scheduler, read_scheduler
+from distill.schedules import NoiseSchedule, RectifiedFlow
 
-PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-BETAS: dict[str, Any] = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 SCALARS_FILE = "scalar_inputs.safetensors"
-
-
-def read_scheduler(config: dict[str, Any]) -> tuple[NoiseSchedule, Prediction, float]:
-    """Schedule, prediction type and sigma_data that a diffusers ``scheduler_config.json`` describes.
-
-    Raises:
-        ValueError: for a scheduler that this package does not know, naming it.
-    """
-    name = config.get("_class_name", "")
-    if config.get("use_dynamic_shifting"):
-        raise ValueError(f"{name} with use_dynamic_shifting: a shift that depends on the image's size is not known here.")
-    if name.startswith("FlowMatch"):
-        return RectifiedFlow(config.get("shift", 1.0)), "flow", 0.5
-    if name.startswith("EDM"):
-        if config.get("prediction_type", "epsilon") != "epsilon":
-            raise ValueError(f"{name} with prediction_type={config['prediction_type']!r}: only 'epsilon' (EDM's F) is known.")
-        return VarianceExploding(config["sigma_min"], config["sigma_max"]), "edm", config.get("sigma_data", 0.5)
-    for key in ("trained_betas", "rescale_betas_zero_snr"):
-        if config.get(key):
-            raise ValueError(f"scheduler {name!r} with {key}={config[key]!r}: such betas are not known.")
-    if config.get("beta_schedule") in BETAS and config.get("prediction_type", "epsilon") in PREDICTIONS:
-        schedule = VariancePreserving(
-            BETAS[config["beta_schedule"]], config["beta_start"], config["beta_end"], config["num_train_timesteps"]
-        )
-        return schedule, PREDICTIONS[config.get("prediction_type", "epsilon")], 0.5
-    raise ValueError(
-        f"scheduler {name!r} with beta_schedule={config.get('beta_schedule')!r} and "
-        f"prediction_type={config.get('prediction_type')!r} is not known; known are DDPM-like schedulers with beta_schedule in "
-        f"{sorted(BETAS)} and prediction_type in {sorted(PREDICTIONS)}, FlowMatch* and EDM*."
-    )
-
-
-def make_scheduler(denoiser: NetworkDenoiser) -> Any:
-    """The diffusers scheduler that describes a denoiser's schedule and prediction type; inverse of `read_scheduler`.
-
-    Raises:
-        ValueError: if diffusers has none.
-    """
-    import diffusers
-
-    schedule, prediction = denoiser.schedule, denoiser.prediction
-    if isinstance(schedule, RectifiedFlow) and prediction == "flow":
-        return diffusers.FlowMatchEulerDiscreteScheduler(shift=schedule.shift)
-    if isinstance(schedule, VarianceExploding) and prediction == "edm":
-        return diffusers.EDMEulerScheduler(schedule.t_min, schedule.t_max, denoiser.sigma_data)
-    types = {own: name for name, own in PREDICTIONS.items()}
-    if isinstance(schedule, VariancePreserving) and prediction in types:
-        return diffusers.DDPMScheduler(
-            num_train_timesteps=schedule.num_steps,
-            beta_start=schedule.beta_start,
-            beta_end=schedule.beta_end,
-            beta_schedule={own: name for name, own in BETAS.items()}[schedule.betas],
-            prediction_type=types[prediction],
-            clip_sample=False,
-        )
-    raise ValueError(
-        f"prediction={prediction!r} under {type(schedule).__name__} has no diffusers scheduler; use flow under RectifiedFlow, "
-        "edm under VarianceExploding, or eps, v or x0 under VariancePreserving."
-    )
+SCHEDULER_FILE = "scheduler_config.json"
+COMPONENTS = ("unet", "transformer")
 
 
 def check_exportable(denoiser: Denoiser) -> None:
     """Raises ValueError if `save_denoiser` could not write ``denoiser``."""
-    if not isinstance(denoiser, NetworkDenoiser) or not isinstance(denoiser.network, UNet2D):
-        raise ValueError("Only a NetworkDenoiser of a UNet2D can be written as a diffusers folder.")
+    network = denoiser.network if isinstance(denoiser, NetworkDenoiser) else None
+    if not isinstance(denoiser, NetworkDenoiser) or not isinstance(network, DiffusersNetwork):
+        what, known = type(network or denoiser).__name__, ", ".join(sorted(FAMILIES))
+        raise ValueError(f"Only a NetworkDenoiser of a diffusers network ({known}) can be written as a folder, not {what}.")
+    if getattr(network.model, "peft_config", None):
+        raise ValueError("A network with LoRA layers is not written as a folder: export its LoRA file by tools/export.py.")
     make_scheduler(denoiser)
+    check_pair(network.model_class, network.model.config, denoiser.schedule, denoiser.prediction)
 
 
 def save_denoiser(denoiser: NetworkDenoiser, folder: str | Path) -> None:
-    """Writes a diffusers pipeline folder (``unet/``, ``scheduler/``, safetensors) that diffusers alone can load.
+    """Writes a folder (``unet/`` or ``transformer/``, ``scheduler/``, safetensors) for diffusers and `PretrainedDenoiser`.
 
-    Extra scalar inputs, which diffusers does not know, are kept beside it in ``scalar_inputs.safetensors``.
+    A ``UNet2DModel`` is the whole of a pipeline, and written as one. Extra scalar inputs, which diffusers does not know, are
+    kept beside it in ``scalar_inputs.safetensors``.
+
+    Raises:
+        ValueError: see `check_exportable`.
     """
     from diffusers import DDPMPipeline
     from safetensors.torch import save_file
 
     check_exportable(denoiser)
-    network = denoiser.network
-    assert isinstance(network, UNet2D)
-    DDPMPipeline(network.unet, make_scheduler(denoiser)).save_pretrained(folder, safe_serialization=True)
+    network, scheduler, folder = denoiser.network, make_scheduler(denoiser), Path(folder)
+    assert isinstance(network, DiffusersNetwork)
+    if network.model_class == "UNet2DModel":
+        DDPMPipeline(network.model, scheduler).save_pretrained(folder, safe_serialization=True)
+    else:
+        network.model.save_pretrained(folder / network.component, safe_serialization=True)
+        scheduler.save_pretrained(folder / "scheduler")
     if network.scalars:
         state = {key: value.contiguous() for key, value in network.scalars.state_dict().items()}
-        save_file(state, Path(folder) / SCALARS_FILE)
+        save_file(state, folder / SCALARS_FILE)
 
 
 class PretrainedDenoiser(NetworkDenoiser):
-    """A denoiser read from a diffusers folder.
+    """A denoiser read from a diffusers folder or hub repository, in float32 and evaluation mode.
 
     Args:
-        path: the folder: ``unet/`` and ``scheduler/`` in it.
-        schedule, prediction: what the user believes; must agree with the scheduler's config.
+        path: the folder, or ``owner/name``; in it the network's folder and ``scheduler/`` (or both files at its root, as in
+            the first DDPM repositories).
+        revision: branch, tag or commit of a hub repository.
+        subfolder: the network's folder, "" for the root; None finds ``unet`` or ``transformer``.
+        variant: of the weight files, ``fp16`` for ``diffusion_pytorch_model.fp16.safetensors``.
+        dtype: precision of the network while it is a frozen teacher; students that start from it are float32.
+        allow_pickle: whether ``.bin`` weights are read where there are no safetensors (``torch.load`` with ``weights_only``).
+        schedule, prediction: what the user believes; must agree with the scheduler's config. Both may stand for one that is
+            missing, and a `RectifiedFlow` for the shift of one whose shift depends on the image's size.
+        network: name of the model's class that the recipe expects, ``UNet2DConditionModel``; must agree with its config.
 
     Attributes:
-        identity: ``path`` and ``sha256`` of the weights and configs, what a checkpoint keeps of a teacher.
+        identity: ``path``, ``sha256`` of the weights and configs, and of a hub repository ``revision``, its commit: what a
+            checkpoint keeps of a teacher.
+        frozen_dtype: ``dtype`` as torch has it, or None: read by `distill.frozen.Frozen`.
 
     Raises:
-        FileNotFoundError: if the folder or a part of it is missing.
-        ValueError: if the scheduler's config is not understood or contradicts ``schedule`` or ``prediction``.
+        FileNotFoundError: if the folder or a part of it is missing, or a hub repository cannot be had (offline, for example).
+        ValueError: weights that are only there as a pickle, or do not fit their config; a model of an unknown or unexpected
+            class; a scheduler's config that is not understood, or contradicts the model, ``schedule`` or ``prediction``.
     """
 
-    def __init__(self, path: str, schedule: NoiseSchedule | None = None, prediction: Prediction | None = None):
-        folder = Path(path)
-        for part in ("scheduler/scheduler_config.json", "unet/config.json"):
-            if not (folder / part).is_file():
-                raise FileNotFoundError(
-                    f"path={path!r}: {part} is missing there; give a diffusers folder, for example one that "
-                    "'python -m distill fit --config configs/digits/teacher.yaml' leaves in runs/digits/teacher/export."
-                )
-        if not list((folder / "unet").glob("*.safetensors")):
-            raise FileNotFoundError(f"path={path!r}: unet/ has no weights there (*.safetensors).")
-        own = read_scheduler(json.loads((folder / "scheduler/scheduler_config.json").read_text()))
-        self._refuse_contradiction(path, own, schedule, prediction)
-        from diffusers import UNet2DModel
-
-        unet = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, low_cpu_mem_usage=False)
-        network = UNet2D.of(unet)
-        super().__init__(network, *own)
-        self._read_scalars(network, folder / SCALARS_FILE)
-        self.identity = {"path": str(path), "sha256": _hash(folder)}
-
-    @staticmethod
-    def _refuse_contradiction(
-        path: str, own: tuple[NoiseSchedule, Prediction, float], schedule: NoiseSchedule | None, prediction: Prediction | None
-    ) -> None:
-        if schedule is not None and not schedule.same_as(own[0]):
-            raise ValueError(
-                f"schedule={schedule!r} contradicts {path}/scheduler/scheduler_config.json, which says {own[0]!r}: "
-                "leave schedule out."
-            )
-        if prediction is not None and prediction != own[1]:
-            raise ValueError(
-                f"prediction={prediction!r} contradicts {path}/scheduler/scheduler_config.json, which says {own[1]!r}: "
-                "leave prediction out."
-            )
+    def __init__(
+        self,
+        path: str,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        variant: str | None = None,
+        dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+        allow_pickle: bool = False,
+        schedule: NoiseSchedule | None = None,
+        prediction: Prediction | None = None,
+        network: str | None = None,
+    ):
+        root, component = self.locate(path, revision, subfolder, variant, allow_pickle, schedule, prediction)
+        within, settings = f"{component}/config.json".lstrip("/"), _scheduler_file(root, component)
+        config = hub.read_json(root / within)
+        if network is not None and config.get("_class_name") != network:
+            found = f"{path}/{within}, which says {config.get('_class_name')!r}"
+            raise ValueError(f"network={network!r} contradicts {found}: give a teacher of that family.")
+        with hub.naming(path):
+            family = _family(within, config.get("_class_name"))
+            stated = hub.read_json(root / settings) if (root / settings).is_file() else None
+            wrapped = family.of(_load(family.model_class, root / component, variant))
+            read = None if stated is None else read_scheduler(stated, _tokens(wrapped))
+        own = _agreed(f"{path}/{settings}", read, bool((stated or {}).get("use_dynamic_shifting")), schedule, prediction)
+        with hub.naming(path):
+            check_pair(family.model_class, config, own[0], own[1])
+        super().__init__(wrapped, *own)
+        _read_scalars(wrapped, root / SCALARS_FILE)
+        self.frozen_dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
+        weights = hub.component_files(root, component, variant, allow_pickle)
+        self.identity = hub.identity(path, root, [settings, SCALARS_FILE, *weights])
 
     @staticmethod
-    def _read_scalars(network: UNet2D, file: Path) -> None:
-        if not file.is_file():
-            return
-        from safetensors.torch import load_file
+    def locate(
+        path: str,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        variant: str | None = None,
+        allow_pickle: bool = False,
+        schedule: Any = None,
+        prediction: Any = None,
+    ) -> tuple[Path, str]:
+        """The root and the network's folder in it, with all files that will be read; see `distill.hub`.
 
-        state = load_file(file)
-        for key in state:
-            network.add_scalar_input(key.split(".")[0])
-        network.scalars.load_state_dict(state)
+        Of ``schedule`` and ``prediction`` it only matters whether they are given: then no scheduler's config need be there.
+        """
+        components = (*COMPONENTS, "") if subfolder is None else (subfolder.strip("/"),)
+        shared = [SCHEDULER_FILE, f"scheduler/{SCHEDULER_FILE}", SCALARS_FILE]
+        root = hub.resolve(path, revision, [*shared, *(p for c in components for p in hub.component_patterns(c, variant))])
+        component = _find_component(root, path) if subfolder is None else components[0]
+        hub.component_folder(path, component, revision, variant, allow_pickle)
+        settings = _scheduler_file(root, component)
+        if not (root / settings).is_file() and (schedule is None or prediction is None):
+            raise FileNotFoundError(
+                f"path={path!r}: {settings} is missing there; {hub.ADVICE}, or state both schedule and prediction."
+            )
+        return root, component
 
 
-def _hash(folder: Path) -> str:
-    """sha256 over the configs and weights of the network and its scheduler, in the order of their names."""
-    digest = hashlib.sha256()
-    parts = [folder / SCALARS_FILE, *sorted((folder / "scheduler").iterdir()), *sorted((folder / "unet").iterdir())]
-    for file in parts:
-        if file.is_file() and file.suffix in (".json", ".safetensors"):
-            digest.update(file.relative_to(folder).as_posix().encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+def _find_component(root: Path, path: str) -> str:
+    there = [name for name in COMPONENTS if (root / name).is_dir()]
+    if len(there) > 1:
+        raise ValueError(f"path={path!r}: there are {there[0]}/ and {there[1]}/ in it; say which by subfolder.")
+    if there or (root / "config.json").is_file():
+        return there[0] if there else ""
+    inside = ", ".join(sorted(child.name for child in root.iterdir() if child.is_dir())) or "none"
+    raise FileNotFoundError(
+        f"path={path!r}: neither unet/config.json nor transformer/config.json is there (sub-folders: {inside}); {hub.ADVICE}."
+    )
+
+
+def _scheduler_file(root: Path, component: str) -> str:
+    """Name of the scheduler's config: in ``scheduler/``, or beside the network where that lies at the root."""
+    return SCHEDULER_FILE if not component and (root / SCHEDULER_FILE).is_file() else f"scheduler/{SCHEDULER_FILE}"
+
+
+def _family(within: str, model_class: str | None) -> type[DiffusersNetwork]:
+    if model_class not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ValueError(f"{within}: _class_name={model_class!r} is not known here; known are {known}.")
+    return FAMILIES[model_class]
+
+
+def _load(model_class: str, folder: Path, variant: str | None) -> Any:
+    """The model in float32, every weight of it read from its file and every weight of the file used."""
+    import diffusers
+
+    safe = bool(hub.weight_files(folder, variant))
+    try:
+        model, report = getattr(diffusers, model_class).from_pretrained(
+            folder, torch_dtype=torch.float32, use_safetensors=safe, variant=variant, output_loading_info=True
+        )
+    except Exception as error:  # whatever a wrong config or a broken file makes of it, down in torch or safetensors
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"its weights and its config, a {model_class}'s, do not fit or are broken ({reason}).") from error
+    wrong = [f"{kind.split('_')[0]}: {', '.join(map(str, keys[:2]))}" for kind, keys in report.items() if keys]
+    if wrong:
+        raise ValueError(f"its weights are not those of the {model_class} that its config describes ({'; '.join(wrong)}).")
+    return model.eval()
+
+
+def _agreed(
+    file: str,
+    read: tuple[NoiseSchedule, Prediction, float] | None,
+    sized: bool,
+    schedule: NoiseSchedule | None,
+    prediction: Prediction | None,
+) -> tuple[NoiseSchedule, Prediction, float]:
+    """What the scheduler's config says, if there is one and the user does not contradict; ``sized``: its shift is by size."""
+    if read is None:
+        assert schedule is not None and prediction is not None
+        return schedule, prediction, 0.5
+    if sized and isinstance(schedule, RectifiedFlow):
+        read = (schedule, read[1], read[2])
+    if schedule is not None and not schedule.same_as(read[0]):
+        raise ValueError(f"schedule={schedule!r} contradicts {file}, which says {read[0]!r}: leave schedule out.")
+    if prediction is not None and prediction != read[1]:
+        raise ValueError(f"prediction={prediction!r} contradicts {file}, which says {read[1]!r}: leave prediction out.")
+    return read
+
+
+def _tokens(network: DiffusersNetwork) -> int:
+    """Image tokens of a sample of the size that the network was made for, in patches of 2x2 as flow transformers have them."""
+    return network.native_shape[-2] * network.native_shape[-1] // 4
+
+
+def _read_scalars(network: DiffusersNetwork, file: Path) -> None:
+    if not file.is_file():
+        return
+    from safetensors.torch import load_file
+
+    state = load_file(file)
+    for key in state:
+        network.add_scalar_input(key.split(".")[0])
+    network.scalars.load_state_dict(state)
 
 
 def identity_of(module: torch.nn.Module | None) -> dict[str, str] | None:

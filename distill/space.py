@@ -1,17 +1,40 @@
-"""Between data and networks: pixels and prompts are encoded before a method sees them, samples decoded before they are shown."""
+"""Between data and networks: pixels and prompts are encoded before a method sees them, samples are decoded to be shown."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distill.codecs import Codec, IdentityCodec
-from distill.conditioners import Conditioner
+from distill.codecs import AutoencoderKLCodec, Codec, DeepCompressionCodec, IdentityCodec, TinyCodec
+from distill.conditioners import (
+    ClipConditioner,
+    Conditioner,
+    FluxConditioner,
+    GemmaConditioner,
+    StableDiffusion3Conditioner,
+    StableDiffusionXLConditioner,
+    T5Conditioner,
+)
 from distill.denoiser import Denoiser
 from distill.types import Batch, DataSpec, Sample
+
+CODECS: dict[str, Any] = {
+    "AutoencoderKL": AutoencoderKLCodec,
+    "AutoencoderDC": DeepCompressionCodec,
+    "AutoencoderTiny": TinyCodec,
+}
+CONDITIONERS: dict[str, Any] = {
+    "UNet2DConditionModel": ClipConditioner,
+    "PixArtTransformer2DModel": T5Conditioner,
+    "SD3Transformer2DModel": StableDiffusion3Conditioner,
+    "FluxTransformer2DModel": FluxConditioner,
+    "SanaTransformer2DModel": GemmaConditioner,
+}
 
 
 class ModelSpace(nn.Module):
@@ -61,7 +84,7 @@ class ModelSpace(nn.Module):
                     "give the same weights, or encode the data again by tools/encode_latents.py."
                 )
         if spec.prompts and self.conditioner is None:
-            raise ValueError("data delivers prompts, but model.space.conditioner is null: give the teacher's conditioner.")
+            raise ValueError("data delivers prompts, but model.space.conditioner is null: give that of the teacher.")
         widths = dict(spec.widths) | (self.conditioner.widths if spec.prompts and self.conditioner else {})
         shape = spec.shape if spec.codec is not None else self.codec.latent_shape(spec.shape)
         return replace(spec, shape=shape, widths=widths)
@@ -92,3 +115,28 @@ def check_fit(key: str, denoiser: Denoiser, spec: DataSpec) -> None:
                 f"{key} reads {name!r} of width {width}, but model.space.conditioner makes width {spec.widths[name]}: "
                 "give the text encoder that the network was trained with."
             )
+
+
+def space_of(path: str, network: nn.Module) -> ModelSpace:
+    """The model space of a teacher: the codec and the text encoders that lie beside its network in a diffusers folder.
+
+    Args:
+        path: the pipeline's folder.
+        network: the network in it, which says by its class which text encoders belong to it.
+
+    Raises:
+        ValueError: the folder has a codec of an unknown class, or no text encoder for a network that reads prompts.
+    """
+    folder, codec, conditioner = Path(path), None, None
+    if (config := folder / "vae" / "config.json").is_file():
+        name = json.loads(config.read_text())["_class_name"]
+        if name not in CODECS:
+            raise ValueError(f"{config}: a codec of class {name} is not known; known are {sorted(CODECS)}.")
+        codec = CODECS[name](path)
+    if widths := dict(getattr(network, "widths", {})):
+        if not (folder / "text_encoder").is_dir():
+            raise ValueError(f"{path}: its network reads {sorted(widths)}, but there is no text_encoder/ beside it.")
+        kind = str(getattr(network, "model_class", ""))
+        two_towers = kind == "UNet2DConditionModel" and "pooled_prompt_embeds" in widths
+        conditioner = (StableDiffusionXLConditioner if two_towers else CONDITIONERS[kind])(path)
+    return ModelSpace(codec, conditioner)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.ema import EMA, CurriculumAveraging, DecayAveraging, HalfLifeAveraging
+from distill.ema import EMA, CurriculumAveraging, DecayAveraging, HalfLifeAveraging, PowerFunctionAveraging
 from distill.times import SquareRootPoints
 
 
@@ -64,6 +64,36 @@ def test_curriculum_decay_of_consistency_training():
     averaging = CurriculumAveraging(SquareRootPoints(800, 2, 150), 2, 0.9)
     assert averaging.decay(0, 1) == pytest.approx(math.exp(2 * math.log(0.9) / 1))
     assert averaging.decay(800, 1) == pytest.approx(0.9 ** (2 / 150))
+
+
+@pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.1, 6.94)])
+def test_power_function_has_the_papers_exponents(sigma_rel, gamma):
+    """2312.02696, section 3.1; and by the law of ``p(t) = (gamma + 1) t^gamma`` on [0, 1], whose deviation is sigma_rel."""
+    own = PowerFunctionAveraging(sigma_rel).gamma
+    assert own == pytest.approx(gamma, abs=0.005)
+    first, second = (own + 1) / (own + 2), (own + 1) / (own + 3)
+    assert math.sqrt(second - first**2) == pytest.approx(sigma_rel, rel=1e-9)
+
+
+def test_power_function_weighs_steps_by_a_power():
+    """The share of the steps up to t among n: the product of the later decays telescopes to ``(t / n)^(gamma + 1)``."""
+    averaging = PowerFunctionAveraging(0.1)
+    power = averaging.gamma + 1
+    shares = [(t / 6) ** power - ((t - 1) / 6) ** power for t in range(1, 7)]
+    values = [3.0, -1.0, 4.0, 1.5, -9.0, 2.5]
+    exact = sum(share * value for share, value in zip(shares, values, strict=True))
+    assert averaged(averaging, [1e3, *values]) == pytest.approx(exact, rel=1e-12)
+    assert averaged(PowerFunctionAveraging(0.28867), [1e3, *values]) == pytest.approx(sum(values) / 6, rel=1e-3)
+
+
+def test_power_function_profile_has_its_width_at_every_length():
+    for steps in (200, 5000):
+        decays = [PowerFunctionAveraging(0.1).decay(step, 1) for step in range(steps)]
+        share, mean, square = 1.0, 0.0, 0.0
+        for step in reversed(range(steps)):
+            weight, place = share * (1 - decays[step]), (step + 1) / steps
+            share, mean, square = share * decays[step], mean + weight * place, square + weight * place**2
+        assert share == 0 and math.sqrt(square - mean**2) == pytest.approx(0.1, rel=0.02)
 
 
 class Student(nn.Module):
@@ -122,6 +152,8 @@ def test_missing_average_is_loud():
         (lambda: HalfLifeAveraging(0.0), "half_life=0.0"),
         (lambda: HalfLifeAveraging(10.0, -1.0), "ramp=-1.0"),
         (lambda: CurriculumAveraging(SquareRootPoints(10), 0), "start=0"),
+        (lambda: PowerFunctionAveraging(0.0), "sigma_rel=0.0"),
+        (lambda: PowerFunctionAveraging(0.3), "sigma_rel=0.3"),
     ],
 )
 def test_bad_settings_are_named(make, key):

@@ -8,11 +8,17 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from distill.codecs import DiffusersCodec
+from distill.export.pipelines import pipeline_name, write_pipeline
+from distill.export.schedulers import Scheduling
+from distill.export.sources import find_sources
 from distill.pretrained import check_exportable, save_denoiser
+from distill.schedulers import make_scheduler
 
 
 class ExportDenoiser(Callback):
-    """Writes ``RUN/export``: the EMA student's network and scheduler, as diffusers and `PretrainedDenoiser` read them.
+    """Writes ``RUN/export``: the EMA student's network and scheduler, as diffusers and `PretrainedDenoiser` read them; with the
+    parts of ``model.space`` a whole pipeline.
 
     For methods whose student is sampled as it is (teacher training); one that wraps its student needs more than a folder of
     weights. The folder is complete or not there: it is written beside its place and renamed.
@@ -37,6 +43,17 @@ class ExportDenoiser(Callback):
         folder = Path(trainer.default_root_dir) / "export"
         partial = folder.with_name("export.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        save_denoiser(method.ema.module, partial)
+        write_teacher(method, partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+
+
+def write_teacher(method: Any, folder: Path) -> None:
+    """Writes the average of a method's student into a new folder, with the autoencoder and text encoder of its space."""
+    denoiser = method.ema.module
+    if not isinstance(method.space.codec, DiffusersCodec):
+        save_denoiser(denoiser, folder)
+        return
+    folder.mkdir(parents=True)
+    name = pipeline_name(denoiser.network)
+    write_pipeline(folder, name, denoiser.network, Scheduling(make_scheduler(denoiser)), find_sources(method))

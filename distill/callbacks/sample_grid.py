@@ -13,6 +13,7 @@ from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor
 
 from distill.checkpoints import atomic_writer
+from distill.methods.sampled import SampledModule
 
 SHORTEST_SIDE = 32
 """Samples smaller than this many pixels are enlarged by whole factors, so that a person can see them."""
@@ -84,6 +85,8 @@ class SampleGrid(Callback):
         """Draws, writes and logs the grid."""
         if not trainer.is_global_zero or trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        if not isinstance(pl_module, SampledModule):
+            return  # an autoencoder or a text tower: no student to draw from
         classes = trainer.datamodule.spec.num_classes  # type: ignore[attr-defined]
         columns = min(self.columns, classes or self.columns)
         sheet = draw_grid(self.blocks(trainer, pl_module, columns), columns)

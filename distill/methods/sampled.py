@@ -34,6 +34,7 @@ class SampledModule(LightningModule, ABC):
 
     student: Denoiser
     ema: EMA
+    metrics: Any
     guidance: GuidanceRule | None
     evaluation: Evaluation
     _teacher: Frozen | None
@@ -122,8 +123,7 @@ class SampledModule(LightningModule, ABC):
         assert batch.x0 is not None
         real = self.to_pixels(batch.x0) if batch.encoded else batch.x0
         for steps, pixels in self.predict_step(batch, batch_idx).items():
-            metrics: Any = self.metrics[str(steps)]
-            for name, metric in metrics.items():
+            for name, metric in self.metrics[str(steps)].items():
                 metric.update(pixels, real, batch.cond)
                 self.log(f"val/{name}/{steps}", metric, batch_size=len(batch))
 
@@ -148,7 +148,7 @@ class SampledModule(LightningModule, ABC):
             ValueError: naming the keys and both values.
         """
         spec = self.space.spec(spec)
-        for key, denoiser in (("teacher", self._teacher and self._teacher.module), ("student", self.student)):
-            if denoiser is not None:
-                check_fit(f"model.{key}", denoiser, spec)
+        if self.has_teacher:
+            check_fit("model.teacher", self.teacher, spec)
+        check_fit("model.student", self.student, spec)
         self.sample_shape = spec.shape

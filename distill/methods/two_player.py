@@ -9,7 +9,8 @@ from torch import nn
 from distill.denoiser import Denoiser
 from distill.evaluation import Evaluation
 from distill.guidance import GuidanceRule
-from distill.methods.base import Method, Player, trained_parameters
+from distill.methods.base import Method
+from distill.methods.trained import Player, trained_parameters
 from distill.optimization import Optimization
 from distill.space import ModelSpace
 from distill.types import Batch, Losses

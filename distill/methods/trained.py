@@ -1,0 +1,198 @@
+"""The training loop that methods and the parts they stand on (autoencoders, text towers) share.
+
+Optimisation is manual, for one and two players alike: one optimiser step for each batch (or each ``accumulate_batches``), so
+that ``global_step`` counts them. Every batch seeds its draws from (seed, batch, rank): a resumed run repeats nothing, ranks
+differ, and a batch can be replayed alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule
+from pytorch_lightning.strategies import ParallelStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from distill.ema import EMA
+from distill.lora import diffusers_networks
+from distill.optimization import Optimization, SkippedSteps, clip_gradients, step_unless
+from distill.types import Batch, DataSpec, Losses
+
+
+@dataclass
+class Player:
+    """One side of a method: what it trains and how."""
+
+    name: str
+    losses: Callable[[Batch], Losses]
+    parameters: list[nn.Parameter]
+    optimization: Optimization
+
+
+class TrainedModule(LightningModule, ABC):
+    """Trains ``student`` by ``losses(batch)``.
+
+    Args:
+        student: the module that is trained.
+        optimization: optimiser, learning rate, clipping, accumulation, averaging.
+
+    Raises:
+        ValueError: a setting for networks of diffusers (checkpointing, compilation) and a student that holds none.
+
+    Attributes:
+        ema: the average of the student.
+        batches_seen: training batches that this rank has worked on since the run began.
+    """
+
+    student: Any
+
+    def __init__(self, student: nn.Module, optimization: Optimization):
+        super().__init__()
+        self.automatic_optimization = False
+        self.student = student.train()
+        networks = diffusers_networks(student)
+        for key in ("gradient_checkpointing", "compile"):
+            if getattr(optimization, key) and not networks:
+                raise ValueError(f"optimization.{key}=true: only networks of diffusers can; set it to false.")
+        if optimization.gradient_checkpointing:
+            for network in networks:
+                network.model.enable_gradient_checkpointing()
+        self.optimization = optimization
+        self.ema = EMA(student, optimization.averaging)
+        self.skipped = SkippedSteps(optimization.max_skipped)
+        self.batches_seen = 0
+        self._accumulated_bad: Tensor | None = None
+
+    @abstractmethod
+    def losses(self, batch: Batch) -> Losses:
+        """The student's losses on a batch, with gradient; ``loss`` is minimised."""
+
+    @abstractmethod
+    def check_data(self, spec: DataSpec) -> None:
+        """Refuses data that does not fit. Raises ValueError, naming the keys and both values."""
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch as `losses` is given it."""
+        return batch
+
+    @property
+    def student_step(self) -> int:
+        """Steps that the student has made: what curricula count."""
+        return self.player_step(0, self.batches_seen // self.optimization.accumulate_batches)
+
+    # ------------------------------------------------------------------------------------------------ optimisation
+
+    def players(self) -> list[Player]:
+        """The sides of the method, in the order of their optimisers."""
+        return [Player("student", self.losses, trained_parameters(self.student), self.optimization)]
+
+    def turn(self, step: int) -> int:
+        """Whose turn it is at optimiser step ``step``: an index into `players`."""
+        return 0
+
+    def player_step(self, index: int, step: int) -> int:
+        """Steps of its own that player ``index`` has made before optimiser step ``step``; its schedules count these."""
+        return step
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        self._players = self.players()
+        optimizers = [player.optimization.optimizer(player.parameters) for player in self._players]
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["initial_lr"] = group["lr"]
+        return optimizers
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        step, part = divmod(self.batches_seen, self.optimization.accumulate_batches)
+        index = self.turn(step)
+        player = self._players[index]
+        for other in self._players:
+            for parameter in other.parameters:
+                parameter.requires_grad_(other is player)
+        self.seed_draws()
+        losses = player.losses(self.prepare(batch))
+        last = part + 1 == self.optimization.accumulate_batches
+        with self._gradient_sync(last):
+            self.manual_backward(losses["loss"] / self.optimization.accumulate_batches)
+        bad = ~torch.isfinite(losses["loss"].detach())
+        self._accumulated_bad = bad if part == 0 or self._accumulated_bad is None else self._accumulated_bad | bad
+        if last:
+            self._optimizer_step(index, step, len(batch) * self.optimization.accumulate_batches * self.trainer.world_size)
+        self.batches_seen += 1
+        for name, value in losses.items():
+            self.log(f"train/{player.name}/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(batch))
+
+    def _gradient_sync(self, wanted: bool) -> contextlib.AbstractContextManager:
+        """Ranks exchange gradients in the last backward of a step only."""
+        strategy = self.trainer.strategy
+        if wanted or not isinstance(strategy, ParallelStrategy):
+            return contextlib.nullcontext()
+        return strategy.block_backward_sync()
+
+    def _optimizer_step(self, index: int, step: int, images: int) -> None:
+        player, optimizer = self._players[index], self.optimizers(use_pl_optimizer=True)
+        optimizer = optimizer[index] if isinstance(optimizer, list) else optimizer
+        norm = clip_gradients(player.parameters, player.optimization.gradient_clip_norm)
+        assert self._accumulated_bad is not None
+        bad = self._accumulated_bad | ~torch.isfinite(norm)
+        if self.trainer.world_size > 1:
+            # The largest over the ranks: all skip, or none does. (Lightning's own reduction waits in a barrier first.)
+            flag = bad.float()
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            bad = flag > 0
+        own_step = self.player_step(index, step)
+        budget = self.trainer.max_steps  # -1 for a run that ends by time
+        own_budget = budget if budget < 0 else self.player_step(index, budget)
+        rate = player.optimization.learning_rate.factor(own_step, own_budget)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
+        step_unless(bad, optimizer.optimizer, optimizer.step)
+        optimizer.zero_grad(set_to_none=True)
+        self.skipped.count(bad)
+        if index == 0:
+            self.after_student_step(own_step, images, bad)
+        self.log(f"train/{player.name}/gradient_norm", norm, batch_size=1)
+        # A tensor made on the device: Lightning would copy a number to it, and wait.
+        shown = torch.full((), optimizer.param_groups[0]["lr"], device=self.device)
+        self.log(f"train/{player.name}/learning_rate", shown, batch_size=1)
+        self.log("train/skipped_steps", self.skipped.total.float(), batch_size=1)
+
+    def after_student_step(self, step: int, images: int, skipped: Tensor) -> None:
+        """Moves the averages after the student's 0-based ``step`` on ``images`` images, unless the step was ``skipped``."""
+        self.ema.update(self.student, step, images, skipped)
+
+    def seed_draws(self, stream: str = "") -> None:
+        """Seeds torch's generators from (seed, batch, rank) and the name of a ``stream`` of draws within the batch."""
+        run_seed = os.environ.get("PL_GLOBAL_SEED", "0")
+        key = f"{run_seed}/{self.batches_seen}/{self.global_rank}/{stream}"
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little", signed=True))
+
+    # ----------------------------------------------------------------------------------------------------- contracts
+
+    @property
+    def within_step(self) -> bool:
+        """Whether some, not all, batches of an accumulated step are done; their gradients are in no checkpoint."""
+        return self.batches_seen % self.optimization.accumulate_batches > 0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.within_step:
+            raise RuntimeError(
+                f"A checkpoint after batch {self.batches_seen} would lose gradients: a step accumulates "
+                f"{self.optimization.accumulate_batches} batches (optimization.accumulate_batches); save at the end of a step."
+            )
+        checkpoint["distill"] = {"batches_seen": self.batches_seen}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.batches_seen = checkpoint["distill"]["batches_seen"]
+
+
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module that are trained."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
