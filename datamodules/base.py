@@ -21,7 +21,7 @@ class DataModule(LightningDataModule, ABC):
     @property
     @abstractmethod
     def eval_batch_size(self) -> int:
-        """Samples a batch on each rank in validation: batch k of rank r starts at sample ``(k * ranks + r) * eval_batch_size``."""
+        """Samples a batch on each rank in validation: batch k of rank r starts at ``(k * ranks + r) * eval_batch_size``."""
 
     @abstractmethod
     def examples(self, count: int) -> Batch:

@@ -98,7 +98,7 @@ class NetworkDenoiser(Denoiser):
 
     Args:
         network: called as ``network(x, time, cond, r) -> F``, usually a `distill.networks.base.Network`; may carry ``shape``,
-            ``num_classes`` and ``widths``. Its own precision may be lower than that of ``x``: it casts, here sums are in float32.
+            ``num_classes`` and ``widths``. Its own precision may be lower than that of ``x``: it casts, sums are float32.
         schedule: the schedule on which the network is, or will be, trained.
         prediction: what the network predicts: x0, eps, v, flow or edm.
         sigma_data: standard deviation of the data, used by ``edm``.

@@ -132,7 +132,7 @@ def _read_settings(inner: PickledObject) -> tuple[str, dict[str, Any]]:
     size = {**SIZES[kind], **{key: value for key, value in given.items() if key in SIZES[kind]}}
     channels = given.get("img_channels") if kind == "UNet" else given.get("in_channels")
     if kind != "UNet" and given.get("out_channels") != channels:
-        raise ValueError(f"out_channels={given.get('out_channels')}: only a network with in_channels={channels} of them is known.")
+        raise ValueError(f"out_channels={given.get('out_channels')}: only in_channels={channels} of them are known.")
     own = {"img_resolution", "img_channels", "in_channels", "out_channels", "label_dim", "channels_per_head"}
     special = {key: value for key, value in given.items() if key not in {*own, *SIZES[kind], *UNREAD_SETTINGS}}
     architecture = _architecture(kind, special)

@@ -13,8 +13,8 @@ class Frozen(nn.Module):
     """Holds a network that is never trained and never saved.
 
     It is always in evaluation mode, is not seen by ``parameters()``, ``state_dict()``, DDP or ``deepcopy`` (copies share it),
-    and still moves to a device and a precision with its owner. A network whose denoiser asks for a ``frozen_dtype`` (a teacher in
-    bfloat16) is cast to it here: copies that were made before, to be trained, keep float32.
+    and still moves to a device and a precision with its owner. A network whose denoiser asks for a ``frozen_dtype`` (a teacher
+    in bfloat16) is cast to it here: copies that were made before, to be trained, keep float32.
     """
 
     module: Any

@@ -22,7 +22,7 @@ class GuidanceRule(ABC):
 
     @abstractmethod
     def __call__(self, denoiser: Denoiser, null: Cond) -> Denoiser:
-        """The guided denoiser; ``null`` has the keys and shapes of the conditions it will be called with, or one row for all."""
+        """The guided denoiser; ``null`` has the keys and shapes of its conditions will have, or one row for all."""
 
 
 @dataclass
@@ -56,8 +56,8 @@ class ClassifierFreeGuidance(GuidanceRule):
             )
         if denoiser.num_classes is not None and not denoiser.null_class:
             raise ValueError(
-                f"guidance.scale={self.scale}: the network has {denoiser.num_classes} classes and no null class to be guided away "
-                "from; set guidance to null."
+                f"guidance.scale={self.scale}: the network has {denoiser.num_classes} classes and no null class to be guided "
+                "away from; set guidance to null."
             )
         return GuidedDenoiser(denoiser, null, self)
 

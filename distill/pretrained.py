@@ -14,6 +14,7 @@ from distill import hub
 from distill.denoiser import Denoiser, NetworkDenoiser, Prediction
 from distill.networks.base import DiffusersNetwork
 from distill.networks.families import FAMILIES
+from distill.networks.unet2d import UNet2D
 from distill.schedulers import check_pair, make_scheduler, read_scheduler
 from distill.schedules import NoiseSchedule, RectifiedFlow
 
@@ -73,6 +74,8 @@ class PretrainedDenoiser(NetworkDenoiser):
         schedule, prediction: what the user believes; must agree with the scheduler's config. Both may stand for one that is
             missing, and a `RectifiedFlow` for the shift of one whose shift depends on the image's size.
         network: name of the model's class that the recipe expects, ``UNet2DConditionModel``; must agree with its config.
+        null_class: whether the last class embedding of a ``UNet2DModel`` is the null class; false for models that were trained
+            without one (those of consistency models), which cannot be guided.
 
     Attributes:
         identity: ``path``, ``sha256`` of the weights and configs, and of a hub repository ``revision``, its commit: what a
@@ -96,6 +99,7 @@ class PretrainedDenoiser(NetworkDenoiser):
         schedule: NoiseSchedule | None = None,
         prediction: Prediction | None = None,
         network: str | None = None,
+        null_class: bool = True,
     ):
         root, component = self.locate(path, revision, subfolder, variant, allow_pickle, schedule, prediction)
         within, settings = f"{component}/config.json".lstrip("/"), _scheduler_file(root, component)
@@ -103,10 +107,13 @@ class PretrainedDenoiser(NetworkDenoiser):
         if network is not None and config.get("_class_name") != network:
             found = f"{path}/{within}, which says {config.get('_class_name')!r}"
             raise ValueError(f"network={network!r} contradicts {found}: give a teacher of that family.")
+        if not null_class and config.get("_class_name") != "UNet2DModel":
+            raise ValueError(f"null_class=false: {config.get('_class_name')!r} has its null class; leave it true.")
         with hub.naming(path):
             family = _family(within, config.get("_class_name"))
             stated = hub.read_json(root / settings) if (root / settings).is_file() else None
-            wrapped = family.of(_load(family.model_class, root / component, variant))
+            model = _load(family.model_class, root / component, variant)
+            wrapped = family.of(model) if null_class else UNet2D.of(model, null_class=False)
             read = None if stated is None else read_scheduler(stated, _tokens(wrapped))
         own = _agreed(f"{path}/{settings}", read, bool((stated or {}).get("use_dynamic_shifting")), schedule, prediction)
         with hub.naming(path):

@@ -21,7 +21,7 @@ from distill.conditioners import (
     T5Conditioner,
 )
 from distill.denoiser import Denoiser
-from distill.types import Batch, DataSpec, Sample
+from distill.types import Batch, Cond, DataSpec, Sample
 
 CODECS: dict[str, Any] = {
     "AutoencoderKL": AutoencoderKLCodec,
@@ -60,9 +60,18 @@ class ModelSpace(nn.Module):
         if batch.x0 is not None and not batch.encoded:
             batch = replace(batch, x0=self.codec.encode(batch.x0), encoded=True)
         if batch.prompts is not None and self.conditioner is not None:
-            cond, null = self.conditioner(batch.prompts)
+            cond, null = self.condition(batch.prompts)
             batch = replace(batch, cond=batch.cond | cond, null=batch.null | null, prompts=None)
         return batch
+
+    def condition(self, prompts: list[str]) -> tuple[Cond, Cond]:
+        """Conditions and null conditions of the prompts, each distinct one encoded once."""
+        assert self.conditioner is not None
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        cond, null = self.conditioner(list(numbers))
+        rows = torch.tensor([numbers[prompt] for prompt in prompts])
+        cond = {key: value[rows.to(value.device)] for key, value in cond.items()}
+        return cond, {key: value[:1].expand(len(prompts), *value.shape[1:]) for key, value in null.items()}
 
     @torch.no_grad()
     def decode(self, samples: Sample) -> Tensor:
@@ -80,8 +89,8 @@ class ModelSpace(nn.Module):
             own = (self.identity[part] or {}).get("sha256")
             if made_by is not None and own is not None and made_by != own:
                 raise ValueError(
-                    f"data was encoded by a {part} with sha256 {made_by[:12]}, but model.space.{part} is {self.identity[part]}: "
-                    "give the same weights, or encode the data again by tools/encode_latents.py."
+                    f"data was encoded by a {part} with sha256 {made_by[:12]}, but model.space.{part} is "
+                    f"{self.identity[part]}: give the same weights, or encode the data again by tools/encode_latents.py."
                 )
         if spec.prompts and self.conditioner is None:
             raise ValueError("data delivers prompts, but model.space.conditioner is null: give that of the teacher.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import tiny_captions
 import tiny_codecs
 import tiny_text
 from families import FAMILIES
@@ -27,7 +28,7 @@ def write_sdxl(folder: Path) -> None:
     tiny_codecs.kl(folder)
 
 
-WRITERS = {"sd15": write_sd15, "sdxl": write_sdxl}
+WRITERS = {"sd15": write_sd15, "sdxl": write_sdxl, "captions": tiny_captions.write_captions}
 
 
 def write_standins(root: Path) -> None:

@@ -57,6 +57,7 @@ def standins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_recipe_trains_two_steps(recipe: Path, folder: Path, standins: Path) -> None:
     """Those for full-size teachers through the tiny override beside them; its sizes are the only thing that it changes."""
     Path("runs/tiny").symlink_to(standins)
+    Path("runs/captions").symlink_to(standins / "captions")
     tiny = OVERRIDES.get(recipe)
     more = QUICK if tiny is None else ["--config", str(tiny), *QUIET]
     main(["fit", "--config", str(recipe), *more, "--trainer.max_steps=2", "--trainer.default_root_dir=run"])

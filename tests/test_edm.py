@@ -284,7 +284,7 @@ def tensors(case: str) -> dict[str, torch.Tensor]:
         ({"model_type": "OtherUNet"}, "class OtherUNet"),
         ({"depth": 3}, "DhariwalUNet with {'depth': 3}"),
         ({"channel_mult_emb": 2}, "channel_mult_emb"),
-        ({"out_channels": 6}, "out_channels=6: only a network with in_channels=3"),
+        ({"out_channels": 6}, "out_channels=6: only in_channels=3"),
         ({"outer": {"u": torch.ones(3)}}, r"tensors \['u'\] are not known"),
     ],
 )

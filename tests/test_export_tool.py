@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from tiny_captions import write_captions
@@ -54,6 +56,37 @@ def test_a_lora_run_becomes_a_lora_file_and_a_whole_pipeline(folder, monkeypatch
     index = json.loads(Path("whole/model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline"
     assert {index[part][1] for part in ("vae", "text_encoder")} == {"AutoencoderKL", "CLIPTextModel"}
+
+
+def draw(monkeypatch, *words: object) -> None:
+    """Runs tools/sample_pipeline.py in this process."""
+    monkeypatch.setattr(sys, "argv", ["sample_pipeline.py", *map(str, words)])
+    runpy.run_path(str(ROOT / "tools" / "sample_pipeline.py"), run_name="__main__")
+
+
+def test_a_lora_file_draws_as_the_merged_pipeline_does_whatever_the_batch(folder, monkeypatch):
+    """On the teacher's pipeline, here the merged one without its LoRA: its network is the teacher's."""
+    monkeypatch.chdir(folder)
+    for name, words in (("drawn_lora", ["--lora"]), ("drawn_whole", [])):
+        export(monkeypatch, "--run", "run", "--steps", 4, *words, "--out", name)
+    base = folder / "base"
+    shutil.copytree("drawn_whole", base)
+    shutil.rmtree(base / "unet")
+    shutil.copytree("runs/captions/teacher/export/unet", base / "unet")
+    common = ["--prompts", "a photo of the digit seven", "zero", "--num", 3]
+    draw(monkeypatch, "--pipeline", "drawn_whole", *common, "--out", "a")
+    draw(monkeypatch, "--pipeline", "base", "--lora", "drawn_lora", *common, "--out", "b")
+    whole, lora = (numpy.load(Path(name, "samples.npz")) for name in "ab")
+    assert whole["arr_0"].shape == (3, 8, 8, 1) and whole["arr_1"].tolist() == [0, 1, 0] and Path("a/grid.png").is_file()
+    assert int(numpy.abs(whole["arr_0"].astype(int) - lora["arr_0"].astype(int)).max()) <= 1
+    for wrong, message in (
+        (["--pipeline", "base", "--lora", "drawn_whole"], "is of a whole pipeline"),
+        (["--pipeline", "drawn_whole", "--steps", 2], r"for \[4\] steps"),
+        (["--pipeline", "runs/captions/teacher/export"], "student.json: missing"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            draw(monkeypatch, *wrong, "--prompts", "zero", "--out", "c")
+    assert not Path("c").exists()
 
 
 @pytest.mark.parametrize(

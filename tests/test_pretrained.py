@@ -422,6 +422,15 @@ def test_what_is_wrong_with_a_teacher_is_said_in_one_line(settings, words, folde
     assert said.count("error: ") == 1 and "Traceback" not in said and not Path("run").exists()
 
 
+def test_a_model_without_a_null_class_has_all_its_classes_and_no_guidance(folder, tmp_path):
+    whole = PretrainedDenoiser(str(folder))
+    bare = PretrainedDenoiser(str(folder), null_class=False)
+    assert (whole.num_classes, whole.null_class) == (3, True) and (bare.num_classes, bare.null_class) == (4, False)
+    FAMILIES["dit"].save(tmp_path)
+    with pytest.raises(ValueError, match="null_class=false: 'DiTTransformer2DModel'"):
+        PretrainedDenoiser(str(tmp_path), null_class=False)
+
+
 # ------------------------------------------------------------------------------------------------------------- identity
 
 

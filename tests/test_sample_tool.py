@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from standins import write_sd15
 
 from distill.denoiser import NetworkDenoiser
 from distill.networks.unet2d import UNet2D
@@ -29,6 +30,18 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sample(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_a_text_to_image_teacher_draws_pixels_from_prompts(tmp_path: Path) -> None:
+    write_sd15(tmp_path / "sd15")
+    common = ["--teacher", tmp_path / "sd15", "--steps", 2, "--num", 3, "--solver", "ddim", "--guidance", 2.0]
+    for name, size in (("whole", 3), ("parts", 2)):
+        done = sample(*common, "--prompts", "zero", "one", "--batch-size", size, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    whole, parts = (numpy.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in ("whole", "parts"))
+    assert whole.shape == (3, 32, 32, 3) and abs(whole - parts).max() <= 1
+    refused = sample(*common, "--out", tmp_path / "none")
+    assert refused.returncode == 1 and "--prompts is missing" in refused.stderr and not (tmp_path / "none").exists()
 
 
 def test_samples_do_not_depend_on_the_batch(teacher: Path, tmp_path: Path) -> None:

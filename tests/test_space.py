@@ -88,6 +88,16 @@ def test_pixels_and_prompts_are_encoded_once():
     assert torch.equal(space.decode(ready.x0), batch.x0) and not batch.encoded
 
 
+def test_a_prompt_that_comes_twice_is_encoded_once():
+    space, asked = ModelSpace(None, Lengths()), []
+    encode = space.conditioner.forward
+    space.conditioner.forward = lambda prompts: asked.extend(prompts) or encode(prompts)  # type: ignore[method-assign]
+    batch = Batch(None, {}, {}, prompts=["cc", "a", "cc", "bbb", "a"])
+    ready = space.encode(batch)
+    assert asked == ["cc", "a", "bbb"] and ready.cond["prompt_embeds"].flatten().tolist() == [2, 1, 2, 3, 1]
+    assert ready.null["prompt_embeds"].shape == (5, 1, 1)
+
+
 def test_other_conditions_stay():
     batch = prompts()
     batch.cond, batch.null = {"labels": torch.arange(3)}, {"labels": torch.full((3,), 9)}

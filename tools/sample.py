@@ -93,8 +93,12 @@ class RunSource:
 
     def __init__(self, arguments: argparse.Namespace):
         from distill.cli import load_run
+        from distill.methods.sampled import SampledModule
 
-        _, self.method, data = load_run(arguments.run, arguments.checkpoint)
+        _, method, data = load_run(arguments.run, arguments.checkpoint)
+        if not isinstance(method, SampledModule):
+            raise ValueError(f"--run {arguments.run}: a {type(method).__name__} draws no samples; give the run of a method.")
+        self.method: Any = method
         self.method.to(arguments.device)
         self.num_classes, self.space, self.examples = data.spec.num_classes, self.method.space, data.examples
         self.record = {"run": str(arguments.run), "checkpoint": arguments.checkpoint, "weights": arguments.weights}

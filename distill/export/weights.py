@@ -82,7 +82,9 @@ def fixed_biases(network: Any, guidance: float) -> dict[str, Tensor]:
     for name, module in network.model.named_modules():
         if _is_hooked(module, scalar):
             first = "linear_1" if hasattr(module, "linear_1") else "0"
-            layer: Any = module.get_submodule(first)
+            layer: Any = getattr(module, first, None)
+            if getattr(layer, "bias", None) is None:
+                raise ValueError(f"a {network.model_class} has no bias that could hold its guidance scale: it is not exported.")
             bias = layer.bias.double() + layer.weight.double() @ moved
             biases[f"{name}.{first}.bias"] = bias.detach().float()
     return biases

@@ -14,7 +14,7 @@ from distill.denoiser import Denoiser
 from distill.evaluation import Evaluation
 from distill.frozen import Frozen
 from distill.guidance import GuidanceRule
-from distill.lora import diffusers_networks
+from distill.networks.base import inner_models
 from distill.methods.sampled import SampledModule
 from distill.methods.trained import TrainedModule
 from distill.optimization import Optimization
@@ -58,8 +58,8 @@ class Method(SampledModule, TrainedModule, ABC):
         """Compiles the inner networks, in place: the names of their weights stay as they are."""
         if self.optimization.compile:
             for part in (self.student, self.ema.module, self._teacher and self._teacher.module):
-                for network in diffusers_networks(part) if part is not None else []:
-                    network.model.compile()
+                for model in inner_models(part) if part is not None else []:
+                    model.compile()
 
     def shared_names(self) -> set[str]:
         """The names under which parameters of the teacher itself appear: LoRA layers stand on them. They are not saved."""

@@ -76,7 +76,7 @@ class Consistency(Method):
         if teacher is None and (solver is not None or student is None):
             raise ValueError("model.teacher is missing: give it, or set model.solver to null and give model.student.")
         if student is not None and lora is not None:
-            raise ValueError(f"model.student and model.lora={lora} are both set: LoRA layers stand on the teacher; set one only.")
+            raise ValueError(f"model.student and model.lora={lora} are both set: LoRA stands on the teacher; set one only.")
         if student is None:
             assert teacher is not None
             student = start_student(teacher, lora)
@@ -121,7 +121,7 @@ class Consistency(Method):
         return {"loss": (self.weight(schedule, t, u) * distances).mean(), "distance": distances.mean()}
 
     def draw_guidance(self, cond: Cond) -> tuple[Cond, Cond, GuidanceRule | None]:
-        """The student's and the teacher's conditions and the teacher's rule, with a scale drawn for each sample if one is to be.
+        """The student's and the teacher's conditions, and the teacher's rule, with a scale for each sample if one is drawn.
 
         A teacher that reads a guidance scale itself, such as Flux dev, is given the scale and no rule besides.
         """

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from distill.ema import EMA
 from distill.lora import diffusers_networks
+from distill.networks.base import inner_models
 from distill.optimization import Optimization, SkippedSteps, clip_gradients, step_unless
 from distill.types import Batch, DataSpec, Losses
 
@@ -59,9 +60,10 @@ class TrainedModule(LightningModule, ABC):
         self.automatic_optimization = False
         self.student = student.train()
         networks = diffusers_networks(student)
-        for key in ("gradient_checkpointing", "compile"):
-            if getattr(optimization, key) and not networks:
-                raise ValueError(f"optimization.{key}=true: only networks of diffusers can; set it to false.")
+        if optimization.compile and not inner_models(student):
+            raise ValueError("optimization.compile=true: only networks of distill/networks are compiled; set it to false.")
+        if optimization.gradient_checkpointing and not networks:
+            raise ValueError("optimization.gradient_checkpointing=true: only networks of diffusers can; set it to false.")
         if optimization.gradient_checkpointing:
             for network in networks:
                 network.model.enable_gradient_checkpointing()

@@ -74,6 +74,12 @@ def read_scalar(cond: Cond, name: str) -> Tensor:
     return cond[name]
 
 
+def inner_models(module: nn.Module) -> list[nn.Module]:
+    """The models inside the wrappers of a module: what is compiled, so that the names of their weights stay as they are."""
+    wrappers = [part for part in module.modules() if isinstance(part, Network)]
+    return [wrapper.model for wrapper in wrappers if isinstance(getattr(wrapper, "model", None), nn.Module)]
+
+
 class DiffusersNetwork(Network):
     """A model of diffusers.
 

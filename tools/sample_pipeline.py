@@ -1,0 +1,122 @@
+"""Draws with an exported student as its users will: by diffusers alone, this package is not imported.
+
+    python tools/sample_pipeline.py --pipeline exported/lcm --prompts "a photo of the digit seven" --num 8 --out samples/seven
+    python tools/sample_pipeline.py --pipeline runs/captions/teacher/export --lora exported/lcm_lora \
+        --prompts-file configs/captions/prompts.txt --num 500 --out samples/captions
+
+``student.json``, which tools/export.py left in the folder (or beside the LoRA file), says how the pipeline is called. Prompts
+run in turn. Writes ``samples.npz`` (``arr_0`` uint8 n,h,w,c; ``arr_1`` the number of each sample's prompt), ``samples.json`` and
+``grid.png``: what tools/fid.py reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; exits with 2 on a wrong one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", type=Path, required=True, help="folder that diffusers loads")
+    parser.add_argument("--lora", type=Path, help="folder of a LoRA file for it")
+    parser.add_argument("--steps", type=int, help="one of the numbers of steps in student.json; default the largest")
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--prompts", nargs="+", help="prompts to run through")
+    subject.add_argument("--prompts-file", type=Path, help="a prompt a line")
+    parser.add_argument("--num", type=int, default=500, help="number of samples")
+    parser.add_argument("--batch-size", type=int, default=100, help="samples at once")
+    parser.add_argument("--seed", type=int, default=0, help="of the generator of all noise")
+    parser.add_argument("--device", default="cpu", help="where to compute")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    arguments = parser.parse_args()
+    for name in ("num", "batch_size"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}={getattr(arguments, name)}: give at least 1.")
+    return arguments
+
+
+def read_student(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """The number of steps and the keywords of the pipeline's call. Raises ValueError or FileNotFoundError."""
+    path = (arguments.lora or arguments.pipeline) / "student.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; give a folder that tools/export.py wrote.")
+    student = json.loads(path.read_text())
+    if student["lora"] != (arguments.lora is not None):
+        raise ValueError(f"--lora={arguments.lora}: {path} is of a {'LoRA file' if student['lora'] else 'whole pipeline'}.")
+    if "prompt=" not in student["prompt"]:
+        raise ValueError(f"--pipeline {arguments.pipeline}: a {student['pipeline']} is not given prompts.")
+    calls = {int(steps): call for steps, call in student["calls"].items()}
+    steps = arguments.steps or max(calls)
+    if steps not in calls:
+        raise ValueError(f"--steps={steps}: the student is for {sorted(calls)} steps.")
+    return steps, calls[steps]
+
+
+def load_pipeline(arguments: argparse.Namespace) -> Any:
+    """The pipeline, with the LoRA file and its scheduler if there is one."""
+    import diffusers
+
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(arguments.pipeline, trust_remote_code=True)
+    if arguments.lora:
+        config = json.loads((arguments.lora / "scheduler" / "scheduler_config.json").read_text())
+        scheduler_class = getattr(diffusers, config["_class_name"])
+        pipeline.scheduler = scheduler_class.from_pretrained(arguments.lora, subfolder="scheduler")
+        pipeline.load_lora_weights(arguments.lora)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(arguments.device)
+
+
+def draw(pipeline: Any, prompts: list[str], call: dict[str, Any], arguments: argparse.Namespace) -> numpy.ndarray:
+    """Images ``(num, h, w, c)``, uint8."""
+    import torch
+    from tqdm import tqdm
+
+    generator, parts = torch.Generator().manual_seed(arguments.seed), []
+    for first in tqdm(range(0, arguments.num, arguments.batch_size), desc="sampling", unit="batch"):
+        wanted = [prompts[i % len(prompts)] for i in range(first, min(first + arguments.batch_size, arguments.num))]
+        parts.append(pipeline(prompt=wanted, generator=generator, output_type="np", **call).images)
+    return (numpy.concatenate(parts) * 255).round().astype(numpy.uint8)
+
+
+def write(images: numpy.ndarray, numbers: numpy.ndarray, record: dict[str, Any], out: Path) -> None:
+    """``samples.npz``, ``samples.json`` and a picture of the first hundred."""
+    from PIL import Image
+
+    out.mkdir(parents=True, exist_ok=True)
+    numpy.savez_compressed(out / "samples.npz", images, numbers)
+    (out / "samples.json").write_text(json.dumps(record, indent=2) + "\n")
+    shown, columns = images[:100], 10
+    height, width, channels = shown.shape[1:]
+    lines = -(-len(shown) // columns)
+    sheet = numpy.full((lines * (height + 1), columns * (width + 1), channels), 128, numpy.uint8)
+    for i, image in enumerate(shown):
+        top, left = i // columns * (height + 1), i % columns * (width + 1)
+        sheet[top : top + height, left : left + width] = image
+    factor = max(1, 32 // min(height, width))
+    picture = Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
+    picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(out / "grid.png")
+
+
+def main() -> None:
+    """Draws, writes, and says where."""
+    arguments = parse_arguments()
+    try:
+        steps, call = read_student(arguments)
+        prompts = arguments.prompts or arguments.prompts_file.read_text().splitlines()
+        images = draw(load_pipeline(arguments), prompts, call, arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    record = {"pipeline": str(arguments.pipeline), "lora": arguments.lora and str(arguments.lora), "seed": arguments.seed}
+    record |= {"steps": steps, "call": call, "prompts": prompts, "num": arguments.num, "device": arguments.device}
+    write(images, numpy.arange(arguments.num) % len(prompts), record, arguments.out)
+    print(f"{len(images)} samples in {arguments.out / 'samples.npz'}, picture in {arguments.out / 'grid.png'}")
+
+
+if __name__ == "__main__":
+    main()
