@@ -5,7 +5,7 @@
         --prompts-file configs/captions/prompts.txt --num 500 --out samples/captions
 
 ``student.json``, which tools/export.py left in the folder (or beside the LoRA file), says how the pipeline is called. Prompts
-run in turn. Writes ``samples.npz`` (``arr_0`` uint8 n,h,w,c; ``arr_1`` the number of each sample's prompt), ``samples.json`` and
+run in turn. Writes ``samples.npz`` (``arr_0`` uint8 n,h,w,c; ``arr_1`` the number of each one's prompt), ``samples.json`` and
 ``grid.png``: what tools/fid.py reads.
 """
 

@@ -14,9 +14,9 @@ from distill.denoiser import Denoiser
 from distill.evaluation import Evaluation
 from distill.frozen import Frozen
 from distill.guidance import GuidanceRule
-from distill.networks.base import inner_models
 from distill.methods.sampled import SampledModule
 from distill.methods.trained import TrainedModule
+from distill.networks.base import inner_models
 from distill.optimization import Optimization
 from distill.pretrained import identity_of
 from distill.space import ModelSpace

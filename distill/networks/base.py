@@ -76,8 +76,8 @@ def read_scalar(cond: Cond, name: str) -> Tensor:
 
 def inner_models(module: nn.Module) -> list[nn.Module]:
     """The models inside the wrappers of a module: what is compiled, so that the names of their weights stay as they are."""
-    wrappers = [part for part in module.modules() if isinstance(part, Network)]
-    return [wrapper.model for wrapper in wrappers if isinstance(getattr(wrapper, "model", None), nn.Module)]
+    models = [getattr(part, "model", None) for part in module.modules() if isinstance(part, Network)]
+    return [model for model in models if isinstance(model, nn.Module)]
 
 
 class DiffusersNetwork(Network):
