@@ -122,6 +122,33 @@ def test_a_teacher_that_does_not_fit_is_named(
     assert not Path("run").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (
+            "--model.init_args.space.conditioner.init_args.path=runs/captions/clip/export",
+            ["model.teacher reads 'prompt_embeds' of width 12", "model.space.conditioner makes width 64", "text encoder"],
+        ),
+        ("--model.init_args.space.codec=IdentityCodec", ["model.teacher works on samples of shape (4, None, None)", "(3, 16, 16)"]),
+        (
+            "--model.init_args.teacher.init_args.network=FluxTransformer2DModel",
+            ["network='FluxTransformer2DModel' contradicts", "'UNet2DConditionModel'", "of that family"],
+        ),
+    ],
+)
+def test_parts_of_other_families_are_named(
+    option: str, words: list[str], folder: Path, standins: Path, capsys: pytest.CaptureFixture
+) -> None:
+    Path("runs/tiny").symlink_to(standins)
+    Path("runs/captions").symlink_to(standins / "captions")
+    recipe = CONFIGS / "sd15/lcm_lora.yaml"
+    with pytest.raises(SystemExit) as exit_info:
+        main(["fit", "--config", str(recipe), "--config", str(OVERRIDES[recipe]), "--trainer.default_root_dir=run", option])
+    said = capsys.readouterr().err
+    assert exit_info.value.code == 2 and "Traceback" not in said and all(word in said for word in words), said
+    assert not Path("run").exists()
+
+
 def start(run: str, *more: str) -> subprocess.Popen:
     """A fit of the latent-consistency recipe (student, average, target average) in a process of its own."""
     command = [sys.executable, "-m", "distill", "fit", "--config", str(CONFIGS / "digits/lcm.yaml"), "--ckpt_path=last"]
