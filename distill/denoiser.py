@@ -6,6 +6,7 @@ are in `coefficients`, and everything else follows from them.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from types import MappingProxyType
 from typing import Literal
@@ -102,7 +103,13 @@ class NetworkDenoiser(Denoiser):
         schedule: the schedule on which the network is, or will be, trained.
         prediction: what the network predicts: x0, eps, v, flow or edm.
         sigma_data: standard deviation of the data, used by ``edm``.
+
+    Attributes:
+        own_precision: whether the network computes in the precision of its weights, also under autocast, which would have a
+            float16 teacher compute in bfloat16; `distill.frozen.Frozen` sets it for a teacher with a ``frozen_dtype``.
     """
+
+    own_precision = False
 
     def __init__(
         self,
@@ -129,7 +136,8 @@ class NetworkDenoiser(Denoiser):
         """What the network itself predicts at ``x``, ``(b, *shape)``, in float32 or ``x``'s own wider type."""
         scale = self.coefficients(t)[0]
         r_time = None if r is None else self.schedule.network_time(r)
-        value = self.network(_times(scale, x), self.schedule.network_time(t), cond, r_time)
+        with torch.autocast(x.device.type, enabled=False) if self.own_precision else contextlib.nullcontext():
+            value = self.network(_times(scale, x), self.schedule.network_time(t), cond, r_time)
         return value.to(torch.promote_types(x.dtype, torch.float32))
 
     def raw_target(self, x0: Sample, eps: Sample, t: Time) -> Sample:

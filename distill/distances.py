@@ -69,13 +69,19 @@ class LPIPS(Distance):
         FileNotFoundError: if ``weights`` is not there.
     """
 
-    def __init__(self, weights: str, net: Literal["vgg", "alex", "squeeze"] = "vgg", size: int = 224):
-        super().__init__()
+    @staticmethod
+    def locate(weights: str, net: str = "vgg") -> Path:
+        """The backbone's file. Raises FileNotFoundError if it is not there."""
         if not Path(weights).is_file():
             raise FileNotFoundError(
                 f"distance.weights={weights!r} does not exist: save torchvision's state dict of the {net} backbone there "
                 "(torchvision.models names the file and its address)."
             )
+        return Path(weights)
+
+    def __init__(self, weights: str, net: Literal["vgg", "alex", "squeeze"] = "vgg", size: int = 224):
+        super().__init__()
+        self.locate(weights, net)
         import lpips
 
         model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)

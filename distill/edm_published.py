@@ -114,10 +114,13 @@ def read_published(path: str | Path) -> Published:
             f"path={str(path)!r}: a network with {precondition.class_name}; only EDM's own preconditioning is known "
             f"({' and '.join(PRECONDITIONINGS)}): give an edm-* or edm2-* file, not a baseline-* one."
         )
-    inner = precondition.state["_modules"][PRECONDITIONINGS[precondition.class_name]]
-    network, config = _read_settings(inner)
-    sigma_data = float(precondition.arguments.get("sigma_data", 0.5))
-    state, unread = _rename(inner.tensors(), config)
+    try:
+        inner = precondition.state["_modules"][PRECONDITIONINGS[precondition.class_name]]
+        network, config = _read_settings(inner)
+        sigma_data = float(precondition.arguments.get("sigma_data", 0.5))
+        state, unread = _rename(inner.tensors(), config)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"path={str(path)!r}: not a network of NVlabs/edm or edm2 ({error!r}).") from error
     outer = set(precondition.tensors()) - {f"{PRECONDITIONINGS[precondition.class_name]}.{key}" for key in inner.tensors()}
     if unknown := sorted(key for key in outer if not key.startswith("logvar_")):
         raise ValueError(f"path={str(path)!r}: tensors {unknown[:3]} are not known.")

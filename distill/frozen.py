@@ -22,7 +22,10 @@ class Frozen(nn.Module):
     def __init__(self, module: nn.Module):
         super().__init__()
         # Past nn.Module's own __setattr__, which would register it.
-        object.__setattr__(self, "module", module.eval().requires_grad_(False).to(getattr(module, "frozen_dtype", None)))
+        object.__setattr__(self, "module", module.eval().requires_grad_(False))
+        if (dtype := getattr(module, "frozen_dtype", None)) is not None:
+            module.to(dtype)
+            self.module.own_precision = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
         self.module._apply(fn)

@@ -71,6 +71,14 @@ class ClassifierFreeGuidance(GuidanceRule):
         return torch.where(inside, self.scale, 1.0).to(nsr.dtype)
 
 
+def guided(denoiser: Denoiser, cond: Cond, null: Cond, scale: float) -> tuple[Denoiser, Cond]:
+    """A denoiser and its conditions at a guidance scale: given as an input to one that reads it, else classifier-free."""
+    if "guidance" not in denoiser.scalar_inputs:
+        return ClassifierFreeGuidance(scale)(denoiser, null), cond
+    rows = next(iter(cond.values()))
+    return denoiser, {**cond, "guidance": torch.full((len(rows),), float(scale), device=rows.device)}
+
+
 class GuidedDenoiser(Denoiser):
     """A denoiser under a classifier-free guidance rule."""
 

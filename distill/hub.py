@@ -193,6 +193,14 @@ def _refuse_weights(named: str, within: str, folder: Path, variant: str | None, 
     )
 
 
+def weight_map(index: Path) -> list[str]:
+    """Names of the files of sharded weights. Raises ValueError for an index that does not list files of its own folder."""
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or any(not isinstance(name, str) or Path(name).name != name for name in table.values()):
+        raise ValueError(f"{index}: is no index of weights: it has no weight_map of file names; fetch it again.")
+    return sorted(set(table.values()))
+
+
 def weight_files(folder: Path, variant: str | None = None, allow_pickle: bool = False) -> list[Path]:
     """The weight files of a component: one file, or an index and the shards that it names; empty if there are none.
 
@@ -203,7 +211,7 @@ def weight_files(folder: Path, variant: str | None = None, allow_pickle: bool = 
         for stem in WEIGHTS[ending]:
             for index in (folder / f"{stem}.{ending}.index{mark}.json", folder / f"{stem}.{ending}{mark}.index.json"):
                 if index.is_file():
-                    return [index, *(folder / name for name in sorted(set(read_json(index)["weight_map"].values())))]
+                    return [index, *(folder / name for name in weight_map(index))]
             if (whole := folder / f"{stem}{mark}.{ending}").is_file():
                 return [whole]
     return []

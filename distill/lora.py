@@ -22,7 +22,7 @@ UNET_TARGETS = (
 ).split()
 TRANSFORMER_TARGETS = (
     "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out ff.net.0.proj ff.net.2 ff_context.net.0.proj "
-    "ff_context.net.2 proj_mlp proj_out"
+    "ff_context.net.2 ff.conv_inverted ff.conv_point proj_mlp proj_out"
 ).split()
 
 
@@ -34,7 +34,7 @@ class LoRA:
         rank: of the added matrices, at least 1; LCM-LoRA has 64 (Luo et al. 2311.05556).
         alpha: the addition is multiplied by ``alpha / rank``; None for ``alpha = rank``.
         targets: ends of the names of the layers; None for the layers of LCM-LoRA in a U-Net (diffusers' training script:
-            attention, feed-forward, residual and resampling layers), attention and feed-forward layers in a transformer.
+            attention, feed-forward, residual and resampling layers), in a transformer its attention, feed-forward and output.
         dropout: in [0, 1), on the input of the addition.
     """
 

@@ -283,6 +283,21 @@ def test_a_teacher_that_embeds_guidance_is_given_the_scale_and_no_rule_besides()
     assert rule is None and "guidance" not in cond and teacher_cond["guidance"].min() >= 1
     assert teacher.under(VarianceExploding()).scalar_inputs == ("guidance",)
     fit(method, [batch_of(0, 32)], 2)
+    cond, null = label_conditions(torch.arange(6) % 2, 2)
+    assert torch.equal(*(method.draw(2, range(6), cond, null, source="teacher", guidance=g) for g in (None, 2.5)))
+
+
+def test_the_teacher_is_compared_at_the_middle_of_the_drawn_scales():
+    method, (cond, null) = latent_style(), label_conditions(torch.arange(6) % 2, 2)
+    default, middle, none = (method.draw(2, range(6), cond, null, source="teacher", guidance=g) for g in (None, 2.5, 1.0))
+    assert torch.equal(default, middle) and not torch.allclose(default, none, atol=1e-3)
+
+
+def test_a_student_that_embeds_guidance_by_itself_is_given_it():
+    student = small(num_classes=2)
+    student.network.add_scalar_input("guidance")
+    with pytest.raises(ValueError, match="embed_guidance=false"):
+        latent_style(student=student, embed_guidance=False)
 
 
 def test_student_starts_without_reading_its_guidance_and_then_does():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,13 @@ from torch import nn
 
 from distill.boundary import ConsistencyFunction, KarrasBoundary, NoBoundary, ScaledBoundary
 from distill.denoiser import NetworkDenoiser
+from distill.export.calls import settings_of_call
 from distill.export.card import UNKNOWN, licence_of
 from distill.export.check import LIMIT
 from distill.export.lora import FILE, compare_keys, lora_state, write_lora
+from distill.export.pipelines import copy_component
 from distill.export.schedulers import FILES, choose_scheduler, custom_scheduling
+from distill.export.sources import place_of
 from distill.export.student import export_student
 from distill.export.table import trace
 from distill.networks.unet2d import UNet2D
@@ -346,3 +350,34 @@ def test_a_process_that_has_this_package_is_not_a_clean_one(monkeypatch):
     monkeypatch.setattr("sys.argv", ["clean_draw.py"])
     with pytest.raises(SystemExit, match="not a clean process: (distill|datamodules) was imported"):
         runpy.run_path(str(FILES / "clean_draw.py"), run_name="__main__")
+
+
+def test_code_of_a_teachers_folder_is_never_taken_over(tmp_path):
+    source = tmp_path / "teacher"
+    (source / "feature_extractor").mkdir(parents=True)
+    (source / "feature_extractor" / "evil.py").write_text("raise SystemExit('ran')")
+    (source / "feature_extractor" / "preprocessor_config.json").write_text("{}")
+    index = source / "model_index.json"
+    index.write_text(json.dumps({"feature_extractor": ["evil", "Evil"]}))
+    with pytest.raises(ValueError, match=r"feature_extractor is \['evil', 'Evil'\], code of that folder"):
+        copy_component(tmp_path, "feature_extractor", [source])
+    index.write_text(json.dumps({"feature_extractor": ["transformers", "CLIPImageProcessor"]}))
+    assert copy_component(tmp_path, "feature_extractor", [source]) == ["transformers", "CLIPImageProcessor"]
+    assert [path.name for path in (tmp_path / "feature_extractor").iterdir()] == ["preprocessor_config.json"]
+
+
+def test_weights_that_came_from_a_local_path_are_not_looked_up_on_the_hub(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("distill.hub.resolve", lambda *words: pytest.fail(f"looked up {words}"))
+    assert place_of({"path": "teachers/sd15", "sha256": "aa"}) is None
+
+
+def test_calls_say_how_prompts_are_read_and_sizes_given():
+    known = SimpleNamespace(max_length=256, instruction=False, clip_skip=1)
+    network = SimpleNamespace(own_scalars=(), model_class="")
+    sana = settings_of_call("SanaPipeline", network, (4, 8, 8), 32, {}, known)
+    assert sana["max_sequence_length"] == 256 and sana["complex_human_instruction"] is None and sana["clean_caption"] is False
+    cond = {"time_ids": torch.tensor([[64.0, 48.0, 1.0, 2.0, 32.0, 16.0]])}
+    sdxl = settings_of_call("StableDiffusionXLPipeline", network, (4, 8, 8), 4, cond, known)
+    assert (sdxl["original_size"], sdxl["crops_coords_top_left"], sdxl["target_size"]) == ([64, 48], [1, 2], [32, 16])
+    assert sdxl["clip_skip"] == 1

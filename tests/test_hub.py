@@ -295,3 +295,11 @@ def test_a_local_folders_identity_has_no_revision(tmp_path):
     write(tmp_path, "config.json")
     identity = hub.identity(str(tmp_path), tmp_path, ["config.json"])
     assert identity == {"path": str(tmp_path), "sha256": hub.content_hash(tmp_path, ["config.json"])}
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": {"a": "../elsewhere.safetensors"}}', '{"weight_map": ["a"]}'])
+def test_an_index_that_lists_no_files_of_its_folder_is_refused(content, tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(content)
+    with pytest.raises(ValueError, match="is no index of weights"):
+        hub.weight_map(index)

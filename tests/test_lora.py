@@ -139,6 +139,23 @@ def test_a_teacher_in_bfloat16_leaves_its_student_in_float32(lora):
     assert torch.isfinite(call(trained.student)).all()
 
 
+def test_a_frozen_teacher_computes_in_its_own_precision_also_under_autocast():
+    base = teacher()
+    base.frozen_dtype = torch.bfloat16
+    trained = method(base, lora=None)
+    plain = call(trained.teacher)
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(call(trained.teacher), plain)
+    assert trained.teacher.own_precision and not trained.student.own_precision
+
+
+def test_lora_on_a_float16_teacher_is_refused_without_bfloat16_autocast():
+    base = teacher()
+    base.frozen_dtype = torch.float16
+    with pytest.raises(ValueError, match="model.teacher.dtype=float16.*precision=bf16-mixed"):
+        fit(method(base), [batch()], 1)
+
+
 def gradients(trained: Consistency) -> list[torch.Tensor]:
     trained.seed_draws = lambda stream="": torch.manual_seed(len(stream))  # type: ignore[method-assign]
     trained.seed_draws()

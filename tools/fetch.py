@@ -57,7 +57,8 @@ def _class_of(path: str) -> Any:
 
 def provide(part: Any, arguments: dict[str, Any], only_list: bool) -> tuple[str, str]:
     """``present``, ``fetched`` or ``missing`` of one part, and the name or the reason."""
-    named = str(arguments["path"]) + (f" (revision {arguments['revision']})" if arguments.get("revision") else "")
+    place = arguments.get("path") or arguments.get("weights")
+    named = str(place) + (f" (revision {arguments['revision']})" if arguments.get("revision") else "")
     known = {name: value for name, value in arguments.items() if name in inspect.signature(part.locate).parameters}
     try:
         with hub.cache_only():

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.denoiser import Denoiser
 from distill.space import ModelSpace
 from distill.types import Batch, label_conditions
 
@@ -64,10 +65,11 @@ class TeacherSource:
         denoiser = PretrainedDenoiser(arguments.teacher).to(arguments.device).eval()
         solver = arguments.solver or "heun"
         grid = times.KarrasGrid() if isinstance(denoiser.schedule, VarianceExploding) else times.UniformGrid()
-        self.denoiser = denoiser
+        self.denoiser: Denoiser = denoiser
         self.sampler = samplers.OdeSampler(getattr(solvers, SOLVERS[solver])(), grid)
         self.num_classes, self.space = denoiser.num_classes, space_of(arguments.teacher, denoiser.network)
         self.space.to(arguments.device)
+        self.shape = denoiser.network.native_shape
         if denoiser.widths and not arguments.prompts:
             raise ValueError(f"--prompts is missing: the teacher {arguments.teacher} draws what prompts say.")
         self.record = {"teacher": denoiser.identity, "solver": solver, "grid": type(grid).__name__}
@@ -79,13 +81,14 @@ class TeacherSource:
         return Batch(None, *label_conditions(torch.arange(count) % self.num_classes, self.num_classes))
 
     def draw(self, arguments: argparse.Namespace, indices: range, ready: Batch) -> Tensor:
-        from distill.guidance import ClassifierFreeGuidance
+        from distill.guidance import guided
         from distill.samplers import SeededNoise
 
-        noise = SeededNoise(arguments.seed, indices, self.denoiser.network.native_shape)
-        rule = ClassifierFreeGuidance(1.0 if arguments.guidance is None else arguments.guidance)
-        unit = noise.draw(torch.device(arguments.device))
-        return self.sampler(rule(self.denoiser, ready.null), unit, ready.cond, arguments.steps, noise)
+        noise = SeededNoise(arguments.seed, indices, self.shape)
+        unit, denoiser, cond = noise.draw(torch.device(arguments.device)), self.denoiser, ready.cond
+        if arguments.guidance is not None:
+            denoiser, cond = guided(denoiser, cond, ready.null, arguments.guidance)
+        return self.sampler(denoiser, unit, cond, arguments.steps, noise)
 
 
 class RunSource:
@@ -100,7 +103,7 @@ class RunSource:
             raise ValueError(f"--run {arguments.run}: a {type(method).__name__} draws no samples; give the run of a method.")
         self.method: Any = method
         self.method.to(arguments.device)
-        self.num_classes, self.space, self.examples = data.spec.num_classes, self.method.space, data.examples
+        self.num_classes, self.space, self.examples = method.student.num_classes, method.space, data.examples
         self.record = {"run": str(arguments.run), "checkpoint": arguments.checkpoint, "weights": arguments.weights}
         self.record["batches_trained"] = self.method.batches_seen
 

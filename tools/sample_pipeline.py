@@ -41,8 +41,8 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def read_student(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    """The number of steps and the keywords of the pipeline's call. Raises ValueError or FileNotFoundError."""
+def read_student(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], bool]:
+    """Number of steps, keywords of the pipeline's call, whether the folder has code. Raises ValueError or FileNotFoundError."""
     path = (arguments.lora or arguments.pipeline) / "student.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; give a folder that tools/export.py wrote.")
@@ -55,14 +55,14 @@ def read_student(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     steps = arguments.steps or max(calls)
     if steps not in calls:
         raise ValueError(f"--steps={steps}: the student is for {sorted(calls)} steps.")
-    return steps, calls[steps]
+    return steps, calls[steps], student["custom_code"] and not student["lora"]
 
 
-def load_pipeline(arguments: argparse.Namespace) -> Any:
-    """The pipeline, with the LoRA file and its scheduler if there is one."""
+def load_pipeline(arguments: argparse.Namespace, trusted: bool) -> Any:
+    """The pipeline, with the LoRA file and its scheduler if there is one; code of the folder only if it is ``trusted``."""
     import diffusers
 
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(arguments.pipeline, trust_remote_code=True)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(arguments.pipeline, trust_remote_code=trusted)
     if arguments.lora:
         config = json.loads((arguments.lora / "scheduler" / "scheduler_config.json").read_text())
         scheduler_class = getattr(diffusers, config["_class_name"])
@@ -107,9 +107,9 @@ def main() -> None:
     """Draws, writes, and says where."""
     arguments = parse_arguments()
     try:
-        steps, call = read_student(arguments)
+        steps, call, trusted = read_student(arguments)
         prompts = arguments.prompts or arguments.prompts_file.read_text().splitlines()
-        images = draw(load_pipeline(arguments), prompts, call, arguments)
+        images = draw(load_pipeline(arguments, trusted), prompts, call, arguments)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     record = {"pipeline": str(arguments.pipeline), "lora": arguments.lora and str(arguments.lora), "seed": arguments.seed}

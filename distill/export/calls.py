@@ -31,9 +31,9 @@ def call_parameters(name: str) -> set[str]:
 
 
 def settings_of_call(
-    name: str, network: Any, shape: Sequence[int], factor: int, cond: Cond, clip_skip: int = 0
+    name: str, network: Any, shape: Sequence[int], factor: int, cond: Cond, conditioner: Any = None
 ) -> dict[str, Any]:
-    """What every call of the student's pipeline should be given besides the prompt: guidance and sizes.
+    """What every call of the student's pipeline should be given besides the prompt: guidance, sizes, how prompts are read.
 
     Args:
         name: of the pipeline.
@@ -41,16 +41,25 @@ def settings_of_call(
         shape: of a sample in model space.
         factor: pixels on a side for each element of a sample.
         cond: conditions; ``guidance`` in them is the scale that the student reads.
-        clip_skip: layers of the text tower that its conditioner leaves out.
+        conditioner: what encoded the student's prompts; None if that is not known.
     """
-    known, settings = call_parameters(name), {}
+    known: set[str] = call_parameters(name)
+    settings: dict[str, Any] = {}
     if "guidance_scale" in known:
         embedded = FLUX_GUIDANCE if "guidance" in network.own_scalars and network.model_class.startswith("Flux") else 1.0
         settings["guidance_scale"] = common(cond, "guidance") if "guidance" in cond else embedded
     if "height" in known:
         settings |= {"height": shape[-2] * factor, "width": shape[-1] * factor}
-    if "clip_skip" in known and clip_skip:
-        settings["clip_skip"] = clip_skip
+    if "clip_skip" in known and getattr(conditioner, "clip_skip", None):
+        settings["clip_skip"] = conditioner.clip_skip
+    if "clean_caption" in known:
+        settings["clean_caption"] = False  # conditioners here never do
+    if "max_sequence_length" in known and hasattr(conditioner, "max_length"):
+        settings["max_sequence_length"] = conditioner.max_length
+    if "complex_human_instruction" in known and not getattr(conditioner, "instruction", True):
+        settings["complex_human_instruction"] = None
+    if "time_ids" in cond and "original_size" in known:
+        settings |= sizes_of(cond)
     if "use_resolution_binning" in known:
         settings["use_resolution_binning"] = False
     return settings
@@ -74,13 +83,16 @@ def arguments(name: str, cond: Cond) -> dict[str, Any]:
         words["prompt_attention_mask"] = cond["prompt_mask"]
     if "labels" in cond and "class_labels" in call_parameters(name):
         words["class_labels"] = cond["labels"].tolist()
-    if "time_ids" in cond:
-        rows = cond["time_ids"].unique(dim=0)
-        if len(rows) > 1:
-            raise ValueError("cond['time_ids'] differ from sample to sample: SDXL's pipeline takes one set for all.")
-        sizes = [int(value) for value in rows[0]]
-        words |= {"original_size": sizes[:2], "crops_coords_top_left": sizes[2:4], "target_size": sizes[4:]}
     return words
+
+
+def sizes_of(cond: Cond) -> dict[str, list[int]]:
+    """SDXL's sizes as its pipeline calls them. Raises ValueError if they are not the same for all samples."""
+    rows = cond["time_ids"].unique(dim=0)
+    if len(rows) > 1:
+        raise ValueError("cond['time_ids'] differ from sample to sample: SDXL's pipeline takes one set for all.")
+    sizes = [int(value) for value in rows[0]]
+    return {"original_size": sizes[:2], "crops_coords_top_left": sizes[2:4], "target_size": sizes[4:]}
 
 
 def pack(name: str, latents: Tensor) -> Tensor:

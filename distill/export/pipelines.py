@@ -23,6 +23,14 @@ PIPELINES = {
 }
 """By class of the network, where it alone decides."""
 
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
+"""Where the classes of a pipeline's parts may come from; ``stable_diffusion`` is diffusers' own safety checker."""
+
+CODE = ["*.py", "*.pyc"]
+"""A folder's own code is not taken over: it would run where the exported folder's own scheduler is trusted."""
+
+OTHER_WEIGHTS = ["*.bin", "*.bin.index.json", "*.msgpack", "*.h5", "*.onnx"]
+
 
 def pipeline_name(network: Any, teacher: str | None = None) -> str:
     """The pipeline's class for a network; ``teacher`` is that of the teacher's own folder, if it has one.
@@ -107,7 +115,7 @@ def write_pipeline(
         index["vae"] = library_entry(folder / "vae")
     for part in modules:
         if part not in index:
-            index[part] = copy_component(folder, part, sources.folders)
+            index[part] = copy_component(folder, part, [] if part in sources.absent else sources.folders)
     index |= own_settings(settings, sources.folders, index)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
@@ -119,10 +127,13 @@ def copy_component(folder: Path, part: str, sources: Sequence[Path]) -> list[Any
     """
     for root in sources:
         if (root / part).is_dir():
+            entry = index_of(root).get(part) or [None, None]
+            if entry[0] not in (None, *LIBRARIES):
+                raise ValueError(f"{root}: its {part} is {entry}, code of that folder: it is not copied into an export.")
             safe = any((root / part).glob("*.safetensors"))
-            left = shutil.ignore_patterns("*.bin", "*.bin.index.json", "*.msgpack", "*.h5", "*.onnx") if safe else None
-            shutil.copytree(root / part, folder / part, ignore=left)
-            return index_of(root).get(part) or library_entry(folder / part)
+            left = [*CODE, *OTHER_WEIGHTS] if safe else CODE
+            shutil.copytree(root / part, folder / part, ignore=shutil.ignore_patterns(*left))
+            return entry if entry[0] is not None else library_entry(folder / part)
     return [None, None]
 
 

@@ -98,8 +98,7 @@ def make_plan(
     fixed = common(cond, GUIDANCE) if GUIDANCE in network.scalars and not reads_guidance(network) else None
     told = {key: value for key, value in cond.items() if key != GUIDANCE or fixed is None}
     shape = method.sample_shape or network.native_shape
-    skip = getattr(method.space.conditioner, "clip_skip", 0)
-    settings = settings_of_call(pipeline, network, shape, sources.factor(pipeline), told, skip)
+    settings = settings_of_call(pipeline, network, shape, sources.factor(pipeline), told, method.space.conditioner)
     scheduling.calls = {number: call | settings for number, call in scheduling.calls.items()}
     prompts = batch.prompts if pipeline in PROMPTED else None
     return Plan(network, generator, sampler, cond, prompts, pipeline, scheduling, sources, fixed, shape)

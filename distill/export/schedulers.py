@@ -66,7 +66,10 @@ def custom_class() -> Any:
 
 def custom_scheduling(tables: dict[int, Table]) -> Scheduling:
     """The folder's own scheduler, for the numbers of steps of ``tables``."""
-    start = next(iter(tables.values())).start
+    starts = {steps: table.start for steps, table in tables.items()}
+    start = max(starts.values())
+    if start - min(starts.values()) > 1e-6 * start:
+        raise ValueError(f"the sampler starts from another noise level for each number of steps ({starts}): export one alone.")
     scheduler = custom_class()({str(steps): table.rows() for steps, table in tables.items()}, start)
     return Scheduling(scheduler, {steps: {"num_inference_steps": steps} for steps in tables}, custom=True)
 

@@ -29,6 +29,7 @@ class Sources:
         teacher: the teacher's identity, or None.
         teacher_folder: its folder, or None if it is not there any more.
         folders: of pipelines, in the order in which they are asked for a component.
+        absent: parts that the student was trained without, though a folder has them.
         codec: of the student, or of the teacher's own folder if data came encoded; None if there is none.
     """
 
@@ -36,6 +37,7 @@ class Sources:
     teacher_folder: Path | None
     folders: list[Path]
     codec: Codec | None
+    absent: tuple[str, ...] = ()
 
     @property
     def pipeline(self) -> str | None:
@@ -82,10 +84,12 @@ def find_sources(method: SampledModule) -> Sources:
     teacher = identity_of(method.teacher) if method.has_teacher else identity_of(method.student)
     space = method.space
     teacher_folder = place_of(teacher)
-    given = [teacher, None if space.conditioner is None else space.conditioner.identity, space.codec.identity]
+    # The text encoders that the student was trained with come before those of its teacher's folder.
+    given = [None if space.conditioner is None else space.conditioner.identity, teacher, space.codec.identity]
     folders = [folder for folder in (place_of(identity) for identity in given) if folder is not None]
     codec = space.codec if isinstance(space.codec, DiffusersCodec) else next(_codecs(folders), None)
-    return Sources(teacher, teacher_folder, folders, codec)
+    absent = () if getattr(space.conditioner, "t5", True) else ("text_encoder_3", "tokenizer_3")
+    return Sources(teacher, teacher_folder, folders, codec, absent)
 
 
 def _codecs(folders: Sequence[Path]) -> Any:
@@ -98,8 +102,8 @@ def _codecs(folders: Sequence[Path]) -> Any:
 
 def place_of(identity: dict[str, str] | None) -> Path | None:
     """The folder of weights that were read from a path or the hub; None if it cannot be had."""
-    if identity is None:
-        return None
+    if identity is None or ("revision" not in identity and not Path(identity["path"]).is_dir()):
+        return None  # without a revision it was a local path, which is never looked up on the hub
     parts = ["model_index.json", "README.md", *(pattern for part in [*TEXT_PARTS, *SMALL_PARTS] for pattern in _files(part))]
     try:
         return hub.resolve(identity["path"], identity.get("revision"), parts)

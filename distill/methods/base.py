@@ -8,6 +8,7 @@ from abc import ABC
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from distill.denoiser import Denoiser
@@ -57,9 +58,15 @@ class Method(SampledModule, TrainedModule, ABC):
     def on_fit_start(self) -> None:
         """Compiles the inner networks, in place: the names of their weights stay as they are."""
         if self.optimization.compile:
-            for part in (self.student, self.ema.module, self._teacher and self._teacher.module):
+            for part in (self, self._teacher and self._teacher.module):
                 for model in inner_models(part) if part is not None else []:
                     model.compile()
+        half = self.has_teacher and getattr(self.teacher, "frozen_dtype", None) == torch.float16
+        if half and self.shared_names() and not str(self.trainer.precision).startswith("bf16"):
+            raise ValueError(
+                "model.teacher.dtype=float16 with LoRA layers on its weights: gradients would pass float16 unscaled; set "
+                "trainer.precision=bf16-mixed, or model.teacher.dtype to bfloat16 or null."
+            )
 
     def shared_names(self) -> set[str]:
         """The names under which parameters of the teacher itself appear: LoRA layers stand on them. They are not saved."""
@@ -84,7 +91,9 @@ class Method(SampledModule, TrainedModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["distill"]
         own: dict[str, Any] = {"teacher": None if self._teacher is None else identity_of(self._teacher.module)}
-        theirs = {"teacher": saved["teacher"], **{f"space.{part}": value for part, value in saved["space"].items()}}
+        if "teacher" not in saved:
+            raise ValueError("The checkpoint is of a part of a pipeline (autoencoder, text tower), not of a method.")
+        theirs = {"teacher": saved["teacher"], **{f"space.{part}": value for part, value in saved.get("space", {}).items()}}
         own |= {f"space.{part}": value for part, value in self.space.identity.items()}
         for part, identity in theirs.items():
             if (identity or {}).get("sha256") != (own[part] or {}).get("sha256"):

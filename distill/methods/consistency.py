@@ -84,6 +84,8 @@ class Consistency(Method):
             _check_range(guidance_range, guidance, solver)
             if embed_guidance:
                 _read_guidance(student, guidance_range)
+            elif "guidance" in student.scalar_inputs:
+                raise ValueError("embed_guidance=false: the student reads a guidance scale by itself; set it to true.")
         super().__init__(student, teacher, guidance, optimization, evaluation, space)
         self.embed_guidance = embed_guidance
         self.pairs, self.distance, self.solver = pairs, distance, solver
@@ -150,11 +152,14 @@ class Consistency(Method):
         self, generator: Denoiser, cond: Cond, null: Cond, guidance: float | None
     ) -> tuple[Denoiser, Cond]:
         """A student that reads the guidance scale is given it (the middle of its range by default), in one evaluation."""
-        if self.guidance_range is None or not self.embed_guidance:
-            return super().guided_generator(generator, cond, null, guidance)
-        scale = sum(self.guidance_range) / 2 if guidance is None else guidance
-        rows = next(iter(cond.values()))
-        return generator, {**cond, "guidance": torch.full((len(rows),), scale, device=rows.device)}
+        if guidance is None and self.embed_guidance:
+            guidance = self.teacher_scale
+        return super().guided_generator(generator, cond, null, guidance)
+
+    @property
+    def teacher_scale(self) -> float | None:
+        """The middle of the range of drawn scales."""
+        return None if self.guidance_range is None else sum(self.guidance_range) / 2
 
     def after_student_step(self, step: int, images: int, skipped: torch.Tensor) -> None:
         super().after_student_step(step, images, skipped)

@@ -15,7 +15,7 @@ from distill.denoiser import Denoiser
 from distill.ema import EMA
 from distill.evaluation import Evaluation
 from distill.frozen import Frozen
-from distill.guidance import ClassifierFreeGuidance, GuidanceRule
+from distill.guidance import GuidanceRule, guided
 from distill.samplers import SeededNoise
 from distill.space import ModelSpace, check_fit
 from distill.types import Batch, Cond, DataSpec, Sample
@@ -62,6 +62,11 @@ class SampledModule(LightningModule, ABC):
         return self.teacher if self.guidance is None else self.guidance(self.teacher, null)
 
     @property
+    def teacher_scale(self) -> float | None:
+        """The guidance scale at which the teacher is drawn for comparison; None for the method's rule."""
+        return None
+
+    @property
     def space(self) -> ModelSpace:
         """What stands between the data and the networks; never trained and never saved."""
         return self._space.module
@@ -93,7 +98,8 @@ class SampledModule(LightningModule, ABC):
             cond, null: conditions on this module's device.
             seed: seed of the set.
             source: ``ema``, ``student`` or ``teacher``.
-            guidance: a guidance scale (1 is none) for the sampled network; None leaves the teacher its rule.
+            guidance: a guidance scale (1 is none) for the sampled network; None leaves the teacher its rule, or the scale that
+                it is compared at.
         """
         shape = self.sample_shape or self.student.shape
         if shape is None or None in shape:
@@ -103,8 +109,9 @@ class SampledModule(LightningModule, ABC):
         if source not in ("ema", "student", "teacher"):
             raise ValueError(f"source={source!r}: give 'ema', 'student' or 'teacher'.")
         if source == "teacher":
-            rule = self.guidance if guidance is None else ClassifierFreeGuidance(guidance)
-            denoiser = self.teacher if rule is None else rule(self.teacher, null)
+            denoiser = self.guided_teacher(null)
+            if (scale := self.teacher_scale if guidance is None else guidance) is not None:
+                denoiser, cond = guided(self.teacher, cond, null, scale)
             return self.evaluation.sample_teacher(denoiser, noise, cond, steps, fresh)
         module: Denoiser = {"ema": self.ema.module, "student": self.student}[source]
         denoiser, cond = self.guided_generator(self.generator(module), cond, null, guidance)
@@ -117,9 +124,11 @@ class SampledModule(LightningModule, ABC):
         self, generator: Denoiser, cond: Cond, null: Cond, guidance: float | None
     ) -> tuple[Denoiser, Cond]:
         """The generator and conditions for sampling at a guidance scale: by default a classifier-free rule around it."""
-        return (generator if guidance is None else ClassifierFreeGuidance(guidance)(generator, null)), cond
+        return (generator, cond) if guidance is None else guided(generator, cond, null, guidance)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        if not any(len(metrics) for metrics in self.metrics.values()):
+            return
         assert batch.x0 is not None
         real = self.to_pixels(batch.x0) if batch.encoded else batch.x0
         for steps, pixels in self.predict_step(batch, batch_idx).items():

@@ -29,6 +29,9 @@ class StudentNetwork(ModelMixin, ConfigMixin):
         num_class_embeds: number of classes, or None.
     """
 
+    # Random frequencies that are rounded would be other features: they stay float32 in a network of half precision.
+    _keep_in_fp32_modules = ["frequencies", "phases"]
+
     @register_to_config
     def __init__(
         self, settings: dict[str, Any], in_channels: int, sample_size: int, num_class_embeds: int | None = None
