@@ -149,7 +149,7 @@ def test_a_frozen_teacher_computes_in_its_own_precision_also_under_autocast():
     assert trained.teacher.own_precision and not trained.student.own_precision
 
 
-def test_lora_on_a_float16_teacher_is_refused_without_bfloat16_autocast():
+def test_lora_on_a_float16_teacher_is_refused():
     base = teacher()
     base.frozen_dtype = torch.float16
     with pytest.raises(ValueError, match="model.teacher.dtype=float16.*precision=bf16-mixed"):

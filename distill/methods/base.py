@@ -62,10 +62,10 @@ class Method(SampledModule, TrainedModule, ABC):
                 for model in inner_models(part) if part is not None else []:
                     model.compile()
         half = self.has_teacher and getattr(self.teacher, "frozen_dtype", None) == torch.float16
-        if half and self.shared_names() and not str(self.trainer.precision).startswith("bf16"):
+        if half and self.shared_names():
             raise ValueError(
-                "model.teacher.dtype=float16 with LoRA layers on its weights: gradients would pass float16 unscaled; set "
-                "trainer.precision=bf16-mixed, or model.teacher.dtype to bfloat16 or null."
+                "model.teacher.dtype=float16 with LoRA layers on its weights: gradients would pass float16 unscaled; set it to "
+                "null (and trainer.precision=bf16-mixed to compute in bfloat16), or to bfloat16."
             )
 
     def shared_names(self) -> set[str]:
