@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from distill.times import Curriculum
+from distill.grids import Curriculum
 
 
 class Averaging(ABC):

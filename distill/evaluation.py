@@ -7,9 +7,9 @@ from typing import Any
 
 from torchmetrics import Metric
 
+from distill.grids import UniformGrid
 from distill.samplers import OdeSampler, RenoiseSampler, Sampler
 from distill.solvers import Heun
-from distill.times import UniformGrid
 from distill.types import Sample
 
 
@@ -38,9 +38,10 @@ class Evaluation:
         if not self.steps or min(self.steps) < 1 or self.teacher_steps < 1:
             raise ValueError(f"steps={self.steps}, teacher_steps={self.teacher_steps}: give numbers of steps of at least 1.")
 
-    def sample_student(self, *args: Any, **kwargs: Any) -> Sample:
-        """Calls the student's sampler."""
-        return (self.sampler or RenoiseSampler(UniformGrid()))(*args, **kwargs)
+    @property
+    def student_sampler(self) -> Sampler:
+        """The student's sampler, made where ``sampler`` is None."""
+        return self.sampler or RenoiseSampler(UniformGrid())
 
     def sample_teacher(self, *args: Any, **kwargs: Any) -> Sample:
         """Calls the teacher's sampler."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from distill.denoiser import Denoiser
+from distill.grids import Grid
 from distill.schedules import NoiseSchedule, per_sample
 from distill.solvers import Solver
-from distill.times import Grid
 from distill.types import Cond, Sample, Time
 
 FreshNoise = Callable[[Sample], Sample]

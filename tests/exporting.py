@@ -21,15 +21,16 @@ from distill.export.lora import write_lora
 from distill.export.pipelines import write_scheduler
 from distill.export.plan import Plan, make_plan
 from distill.export.student import drawing_of, needs_trust, write_whole
+from distill.grids import ConstantPoints, DiscreteGrid, KarrasGrid, UniformGrid
 from distill.lora import LoRA
 from distill.methods.consistency import Consistency
 from distill.optimization import Optimization
+from distill.pairs import GridPairs
 from distill.pretrained import PretrainedDenoiser
 from distill.samplers import RenoiseSampler, Sampler
 from distill.schedules import VarianceExploding, VariancePreserving
 from distill.solvers import DDIM
 from distill.space import ModelSpace
-from distill.times import ConstantPoints, DiscreteGrid, GridPairs, KarrasGrid, UniformGrid
 from distill.types import Batch, Cond
 
 # Pixels of an untrained network that predicts noise are x / alpha, a hundred times too large and clipped: v has them in range.

@@ -14,14 +14,16 @@ from distill.adapters import ScalarInput
 from distill.denoiser import Denoiser, NetworkDenoiser
 from distill.evaluation import Evaluation
 from distill.frozen import Frozen
+from distill.grids import UniformGrid
 from distill.methods.base import Method
 from distill.methods.denoising import DenoisingTraining
 from distill.methods.two_player import TwoPlayerMethod
 from distill.optimization import Optimization
+from distill.pairs import TimePairs
 from distill.samplers import OdeSampler, RenoiseSampler
 from distill.schedules import NoiseSchedule, RectifiedFlow, VariancePreserving
 from distill.solvers import Heun
-from distill.times import TimeDistribution, TimePairs, UniformGrid
+from distill.times import TimeDistribution
 from distill.types import Batch, Cond, DataSpec, Losses, Sample, Time, label_conditions
 
 SHAPE = (2, 1, 1)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from resuming import train_cut_and_whole
 from tiny_captions import AUTOENCODER
 from torch.distributions import Normal, kl_divergence
 
 from datamodules.digits import DigitsDataModule
-from distill.checkpoints import read_checkpoint
-from distill.cli import load_run, main
+from distill.cli import load_run
 from distill.codecs import AutoencoderKLCodec
 from distill.ema import DecayAveraging
 from distill.methods.autoencoder import AutoencoderTraining, gaussian_kl
@@ -83,15 +83,7 @@ def test_exported_latents_have_unit_variance(tmp_path):
 
 def test_recipe_trains_resumes_and_exports_what_was_trained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # The learning rate falls to zero over the run: a run that is cut must have the whole one's length.
-    length = "--model.init_args.optimization.learning_rate.total_steps=100"
-    recipe = ["fit", "--config", RECIPE, "--ckpt_path=last", "--trainer.val_check_interval=2", length, *QUICK]
-    main([*recipe, "--trainer.max_steps=2", "--trainer.default_root_dir=cut"])
-    main([*recipe, "--trainer.max_steps=4", "--trainer.default_root_dir=cut"])
-    main([*recipe, "--trainer.max_steps=4", "--trainer.default_root_dir=whole"])
-    cut, whole = (read_checkpoint(f"{name}/checkpoints/last.ckpt") for name in ("cut", "whole"))
-    assert cut["global_step"] == cut["distill"]["batches_seen"] == 4
-    assert all(value.equal(whole["state_dict"][name]) for name, value in cut["state_dict"].items())
+    train_cut_and_whole(RECIPE, *QUICK)
     codec, average = AutoencoderKLCodec("whole/export"), load_run("whole")[1].ema.module
     assert all(value.equal(codec.model.state_dict()[name]) for name, value in average.state_dict().items())
     assert not Path("whole/export.partial").exists()

@@ -32,13 +32,15 @@ from distill.distances import SquaredDistance
 from distill.ema import DecayAveraging
 from distill.evaluation import Evaluation
 from distill.frozen import trainable_copy
+from distill.grids import ConstantPoints, UniformGrid
 from distill.guidance import ClassifierFreeGuidance
 from distill.methods.base import Method
 from distill.methods.consistency import Consistency
 from distill.optimization import Optimization
+from distill.pairs import GridPairs
 from distill.samplers import SeededNoise
 from distill.solvers import DDIM
-from distill.times import ConstantPoints, GridPairs, UniformGrid, UniformTimes
+from distill.times import UniformTimes
 from distill.types import Cond, DataSpec, label_conditions
 
 

@@ -26,26 +26,16 @@ from distill.boundary import KarrasBoundary, ScaledBoundary
 from distill.denoiser import Denoiser
 from distill.distances import Distance, PseudoHuber, SquaredDistance
 from distill.ema import DecayAveraging
+from distill.grids import ConstantPoints, DiscreteGrid, Grid, KarrasGrid, UniformGrid
 from distill.guidance import ClassifierFreeGuidance
 from distill.methods.consistency import Consistency
 from distill.optimization import LearningRate, Optimization
+from distill.pairs import GridPairs, RatioPairs, TimePairs
 from distill.schedules import RectifiedFlow, TrigFlow, VarianceExploding, VariancePreserving
 from distill.solvers import DDIM, Heun, Solver
-from distill.times import (
-    ConstantPoints,
-    DiscreteGrid,
-    Grid,
-    GridPairs,
-    InverseGapWeight,
-    KarrasGrid,
-    KarrasWeight,
-    LogNormalTimes,
-    RatioPairs,
-    TimePairs,
-    UniformGrid,
-    UniformTimes,
-)
+from distill.times import LogNormalTimes, UniformTimes
 from distill.types import Batch, label_conditions
+from distill.weights import InverseGapWeight, KarrasWeight
 
 GRIDS: dict[str, Grid] = {"ve": KarrasGrid(), "rf": UniformGrid(), "rf-shift3": UniformGrid(), "trig": UniformGrid()}
 

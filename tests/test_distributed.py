@@ -36,12 +36,13 @@ from torch import Tensor
 
 from distill.distances import SquaredDistance
 from distill.ema import DecayAveraging
+from distill.grids import ConstantPoints, UniformGrid
 from distill.methods.base import Method
 from distill.methods.consistency import Consistency
 from distill.methods.denoising import DenoisingTraining
 from distill.optimization import Optimization
+from distill.pairs import GridPairs
 from distill.solvers import Heun
-from distill.times import ConstantPoints, GridPairs, UniformGrid
 
 UNUSED = "ddp_find_unused_parameters_true"
 

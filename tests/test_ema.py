@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from distill.ema import EMA, CurriculumAveraging, DecayAveraging, HalfLifeAveraging, PowerFunctionAveraging
-from distill.times import SquareRootPoints
+from distill.grids import SquareRootPoints
 
 
 def layer(value: float) -> nn.Linear:

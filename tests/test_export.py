@@ -23,11 +23,11 @@ from distill.export.schedulers import FILES, choose_scheduler, custom_scheduling
 from distill.export.sources import place_of
 from distill.export.student import export_student
 from distill.export.table import trace
+from distill.grids import DiscreteGrid, KarrasGrid, UniformGrid
 from distill.networks.unet2d import UNet2D
 from distill.samplers import JumpSampler, OdeSampler, RenoiseSampler
 from distill.schedules import RectifiedFlow, TrigFlow, VarianceExploding, VariancePreserving
 from distill.solvers import DDIM, DPMSolver2M, Euler, Heun
-from distill.times import DiscreteGrid, KarrasGrid, UniformGrid
 from distill.types import Batch
 
 SD = VariancePreserving("scaled_linear", 0.00085, 0.012)

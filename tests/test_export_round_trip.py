@@ -28,13 +28,13 @@ from distill.boundary import KarrasBoundary
 from distill.export.check import LIMIT, draw_ours
 from distill.export.lora import compare_keys, lora_state
 from distill.export.student import drawing_of
+from distill.grids import KarrasGrid, UniformGrid
 from distill.networks.edm import EDM
 from distill.networks.edm2 import EDM2
 from distill.networks.unet2d import UNet2D
 from distill.samplers import OdeSampler, RenoiseSampler
 from distill.schedules import RectifiedFlow, VarianceExploding
 from distill.solvers import Heun
-from distill.times import KarrasGrid, UniformGrid
 
 SCHEDULERS = {
     "sd3": "FlowMatchLCMScheduler",

@@ -12,13 +12,14 @@ from helpers import evaluation, fit
 
 from distill.distances import PseudoHuber
 from distill.ema import DecayAveraging
+from distill.grids import ConstantPoints, UniformGrid
 from distill.guidance import ClassifierFreeGuidance
 from distill.lora import LoRA
 from distill.methods.consistency import Consistency
 from distill.optimization import Optimization
+from distill.pairs import GridPairs
 from distill.pretrained import PretrainedDenoiser
 from distill.solvers import DDIM
-from distill.times import ConstantPoints, GridPairs, UniformGrid
 from distill.types import Batch, DataSpec
 
 

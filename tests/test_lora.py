@@ -12,14 +12,15 @@ from helpers import evaluation, fit
 from distill.denoiser import NetworkDenoiser
 from distill.distances import SquaredDistance
 from distill.ema import DecayAveraging
+from distill.grids import ConstantPoints, UniformGrid
 from distill.guidance import ClassifierFreeGuidance
 from distill.lora import LoRA, lora_copy, start_student
 from distill.methods.consistency import Consistency
 from distill.networks.unet2d import UNet2D
 from distill.optimization import Optimization
+from distill.pairs import GridPairs
 from distill.schedules import RectifiedFlow
 from distill.solvers import DDIM
-from distill.times import ConstantPoints, GridPairs, UniformGrid
 from distill.types import Batch, label_conditions
 
 SHAPE = (1, 8, 8)

@@ -8,10 +8,10 @@ from oracle import MLP, SCHEDULES, Gaussian, GaussianConsistency, Mixture
 
 from distill.boundary import ConsistencyFunction, KarrasBoundary, ScaledBoundary
 from distill.denoiser import Denoiser, NetworkDenoiser
+from distill.grids import DiscreteGrid, KarrasGrid, UniformGrid
 from distill.samplers import JumpSampler, OdeSampler, RenoiseSampler, SeededNoise
 from distill.schedules import RectifiedFlow, VarianceExploding, VariancePreserving
 from distill.solvers import DDIM, DPMSolver2M, Euler, Heun
-from distill.times import DiscreteGrid, KarrasGrid, UniformGrid
 from distill.types import label_conditions
 
 MEAN, VARIANCE = torch.tensor([0.5, -0.3, 0.1]), torch.tensor([0.25, 0.6, 0.05])

@@ -10,10 +10,10 @@ import torch
 from oracle import MLP, SCHEDULES, Gaussian, Mixture
 
 from distill.denoiser import Denoiser, NetworkDenoiser
+from distill.grids import DiscreteGrid, Grid, KarrasGrid, UniformGrid
 from distill.samplers import OdeSampler
 from distill.schedules import RectifiedFlow, VarianceExploding, VariancePreserving
 from distill.solvers import DDIM, DPMSolver2M, Euler, Heun, Solver
-from distill.times import DiscreteGrid, Grid, KarrasGrid, UniformGrid
 
 SOLVERS: list[Solver] = [Euler(), DDIM(), Heun(), DPMSolver2M()]
 SHAPE = (1, 2, 2)

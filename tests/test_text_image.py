@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from resuming import train_cut_and_whole
 from torch.nn.functional import cross_entropy, normalize
 
 from datamodules.digits import caption
 from distill.byte_pairs import learn_merges, make_clip_tokenizer
-from distill.checkpoints import read_checkpoint
-from distill.cli import load_run, main
+from distill.cli import load_run
 from distill.conditioners import ClipConditioner
+from distill.grids import DiscreteGrid
 from distill.methods.text_image import TextImageTraining, TwoTowers, _distinct, contrastive_loss
 from distill.optimization import Optimization
 from distill.schedules import VariancePreserving
-from distill.times import DiscreteGrid
 from distill.types import DataSpec
 
 CAPTIONS_FOLDER = Path(__file__).resolve().parent.parent / "configs/captions"
@@ -142,14 +142,7 @@ def test_towers_learn_to_tell_captions_apart():
 
 def test_recipe_trains_resumes_and_exports_a_tower_that_the_conditioner_reads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    length = "--model.init_args.optimization.learning_rate.total_steps=100"
-    recipe = ["fit", "--config", RECIPE, "--ckpt_path=last", "--trainer.val_check_interval=2", length, *QUICK]
-    main([*recipe, "--trainer.max_steps=2", "--trainer.default_root_dir=cut"])
-    main([*recipe, "--trainer.max_steps=4", "--trainer.default_root_dir=cut"])
-    main([*recipe, "--trainer.max_steps=4", "--trainer.default_root_dir=whole"])
-    cut, whole = (read_checkpoint(f"{name}/checkpoints/last.ckpt") for name in ("cut", "whole"))
-    assert cut["global_step"] == cut["distill"]["batches_seen"] == 4
-    assert all(value.equal(whole["state_dict"][name]) for name, value in cut["state_dict"].items())
+    train_cut_and_whole(RECIPE, *QUICK)
     conditioner, method = ClipConditioner("whole/export"), load_run("whole")[1]
     assert conditioner.widths == {"prompt_embeds": 64}
     expected = method.ema.module.text(method.tokens(CAPTIONS)).last_hidden_state

@@ -57,14 +57,14 @@ class TeacherSource:
     """A teacher with a solver, on the grid that its schedule is usually sampled on."""
 
     def __init__(self, arguments: argparse.Namespace):
-        from distill import samplers, solvers, times
+        from distill import grids, samplers, solvers
         from distill.pretrained import PretrainedDenoiser
         from distill.schedules import VarianceExploding
         from distill.space import space_of
 
         denoiser = PretrainedDenoiser(arguments.teacher).to(arguments.device).eval()
         solver = arguments.solver or "heun"
-        grid = times.KarrasGrid() if isinstance(denoiser.schedule, VarianceExploding) else times.UniformGrid()
+        grid = grids.KarrasGrid() if isinstance(denoiser.schedule, VarianceExploding) else grids.UniformGrid()
         self.denoiser: Denoiser = denoiser
         self.sampler = samplers.OdeSampler(getattr(solvers, SOLVERS[solver])(), grid)
         self.num_classes, self.space = denoiser.num_classes, space_of(arguments.teacher, denoiser.network)

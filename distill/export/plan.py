@@ -18,8 +18,7 @@ from distill.export.table import Table, network_denoiser, trace
 from distill.export.weights import GUIDANCE, check_scalars, reads_guidance
 from distill.guidance import GuidedDenoiser
 from distill.methods.sampled import SampledModule
-from distill.samplers import RenoiseSampler, Sampler
-from distill.times import UniformGrid
+from distill.samplers import Sampler
 from distill.types import Batch, Cond
 
 SCALING = (
@@ -88,7 +87,7 @@ def make_plan(
     if isinstance(guided, GuidedDenoiser):
         raise ValueError(f"guidance={guidance}: this student reads no guidance scale; leave it out.")
     cond = {key: value for key, value in cond.items() if key != "labels" or network.num_classes is not None}
-    sampler = method.evaluation.sampler or RenoiseSampler(UniformGrid())
+    sampler = method.student_sampler
     tables = {number: trace(generator, sampler, number) for number in sorted(set(steps))}
     sources = find_sources(method)
     pipeline, scheduling = choose(network, denoiser, tables, sources.pipeline)

@@ -54,17 +54,35 @@ def export_student(
         RuntimeError: diffusers cannot load or sample the folder.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already: remove it, or give another place.")
-    if missing := [str(file) for file in figures if not file.is_file()]:
-        raise ValueError(f"figures={missing}: there is no such file.")
+    check_files(folder, figures)
     plan = make_plan(method, steps, batch, weights, lora, guidance)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     differences = (write_and_check_lora if lora else write_and_check_pipeline)(plan, partial, count)
-    record = {
-        "recipe": recipe_record(type(method).__name__, config),
+    recipe = recipe_record(type(method).__name__, config)
+    record = make_record(plan, partial, recipe, weights, lora, differences)
+    write_card(partial, record, figures)
+    if folder.exists():
+        folder.rmdir()
+    partial.rename(folder)
+    return record
+
+
+def check_files(folder: Path, figures: Sequence[Path]) -> None:
+    """Raises ValueError if the place is taken or a file of figures is not there."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already: remove it, or give another place.")
+    if missing := [str(file) for file in figures if not file.is_file()]:
+        raise ValueError(f"figures={missing}: there is no such file.")
+
+
+def make_record(
+    plan: Plan, folder: Path, recipe: dict[str, Any], weights: str, lora: bool, differences: dict[int, float]
+) -> dict[str, Any]:
+    """What ``student.json`` holds, of what was written in ``folder``; ``differences`` by number of steps."""
+    return {
+        "recipe": recipe,
         "weights": weights,
         "lora": lora,
         "teacher": plan.sources.teacher,
@@ -75,15 +93,10 @@ def export_student(
         "fixed_guidance": plan.fixed,
         "prompt": prompt_words(plan),
         "calls": plan.scheduling.calls,
-        "missing": [] if lora else plan.sources.missing(partial),
+        "missing": [] if lora else plan.sources.missing(folder),
         "max_difference": differences,
-        "sha256": weights_hash(partial),
+        "sha256": weights_hash(folder),
     }
-    write_card(partial, record, figures)
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
-    return record
 
 
 def needs_trust(plan: Plan) -> bool:

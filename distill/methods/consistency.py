@@ -27,11 +27,12 @@ from distill.guidance import ClassifierFreeGuidance, GuidanceRule
 from distill.lora import LoRA, start_student
 from distill.methods.base import Method
 from distill.optimization import Optimization
+from distill.pairs import TimePairs
 from distill.schedules import NoiseSchedule, per_sample
 from distill.solvers import Solver
 from distill.space import ModelSpace
-from distill.times import ConstantWeight, TimePairs, Weight
 from distill.types import Batch, Cond, Losses, Sample, Time
+from distill.weights import ConstantWeight, Weight
 
 
 class Consistency(Method):

@@ -1,0 +1,77 @@
+"""Weights ``w(t)`` of a sample's loss, in the space of clean samples."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from distill.denoiser import Prediction, coefficients
+from distill.schedules import NoiseSchedule
+from distill.times import check_positive
+from distill.types import PerSample, Time
+
+
+class Weight(ABC):
+    """Weight of a sample's loss from its times."""
+
+    @abstractmethod
+    def __call__(self, schedule: NoiseSchedule, t: Time, u: Time) -> PerSample:
+        """Weights ``(b,)`` at ``t`` (for consistency losses, with the lower time ``u``)."""
+
+
+class ConstantWeight(Weight):
+    """1 everywhere."""
+
+    def __call__(self, schedule: NoiseSchedule, t: Time, u: Time) -> PerSample:
+        return torch.ones_like(t)
+
+
+class InverseGapWeight(Weight):
+    """``1 / (s_t - s_u)`` in noise-to-signal ratio (improved consistency training, 2310.14189, section 3.4)."""
+
+    def __call__(self, schedule: NoiseSchedule, t: Time, u: Time) -> PerSample:
+        return 1 / (schedule.nsr(t) - schedule.nsr(u))
+
+
+class KarrasWeight(Weight):
+    """EDM's ``(s^2 + sigma_data^2) / (s sigma_data)^2``, s the noise-to-signal ratio (2206.00364, table 1; ECT too)."""
+
+    def __init__(self, sigma_data: float = 0.5):
+        check_positive(sigma_data=sigma_data)
+        self.sigma_data = sigma_data
+
+    def __call__(self, schedule: NoiseSchedule, t: Time, u: Time) -> PerSample:
+        level = schedule.nsr(t)
+        return (level**2 + self.sigma_data**2) / (level * self.sigma_data) ** 2
+
+
+class PredictionWeight(Weight):
+    """Makes the squared error of x0 that of what a network of a prediction type predicts: ``1 / out(t)^2``.
+
+    ``x0 = skip x + out F``, so that the errors of two x0 at the same ``x`` are ``out`` times those of F
+    (`distill.denoiser.coefficients`): ``(alpha / sigma)^2`` for ``eps``, ``((alpha + sigma) / sigma)^2`` for ``flow``,
+    `KarrasWeight` for ``edm`` where ``alpha`` is 1, and 1 for ``x0``. Infinite where ``sigma`` is 0, but for ``x0``.
+
+    Args:
+        prediction: x0, eps, v, flow or edm.
+        sigma_data: standard deviation of the data, > 0, used by ``edm``.
+        alpha_power: the weight is multiplied by ``alpha^alpha_power``; SwiftBrush (Nguyen & Tran 2312.05239) weights the
+            error of the noise by ``alpha^2``.
+    """
+
+    def __init__(self, prediction: Prediction, sigma_data: float = 0.5, alpha_power: int = 0):
+        check_positive(sigma_data=sigma_data)
+        self.prediction, self.sigma_data, self.alpha_power = prediction, sigma_data, alpha_power
+
+    def __call__(self, schedule: NoiseSchedule, t: Time, u: Time) -> PerSample:
+        alpha = schedule.alpha(t)
+        out = coefficients(self.prediction, alpha, schedule.sigma(t), self.sigma_data)[2]
+        return alpha**self.alpha_power / out**2
+
+
+class VariationalScoreWeight(Weight):
+    """``alpha sigma`` on x0, which is ``sigma^2`` on the difference of the noises (VSD as in SwiftBrush, 2312.05239)."""
+
+    def __call__(self, schedule: NoiseSchedule, t: Time, u: Time) -> PerSample:
+        return schedule.alpha(t) * schedule.sigma(t)
