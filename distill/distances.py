@@ -35,22 +35,44 @@ class PseudoHuber(Distance):
     ``c = 0.00054 sqrt(D)`` for D elements (2310.14189, section 3.3); latent consistency models the element form with c = 0.001.
 
     Args:
-        c: > 0 in the units of the sample, or None for ``0.00054 sqrt(D)``.
+        c: > 0 in the units of the sample, or None for ``relative sqrt(D)``.
         form: ``vector`` or ``element``.
+        relative: > 0, read where ``c`` is None.
+
+    Raises:
+        ValueError: a number that is not positive.
     """
 
-    def __init__(self, c: float | None = None, form: Literal["vector", "element"] = "vector"):
+    def __init__(
+        self, c: float | None = None, form: Literal["vector", "element"] = "vector", relative: float = 0.00054
+    ):
         super().__init__()
         if c is not None and c <= 0:
-            raise ValueError(f"c={c}: give a positive number (1e-8 for the plain norm), or null for 0.00054 sqrt(D).")
-        self.c, self.form = c, form
+            raise ValueError(f"c={c}: give a positive number (1e-8 for the plain norm), or null for relative * sqrt(D).")
+        if relative <= 0:
+            raise ValueError(f"relative={relative}: give a positive number, the share of sqrt(D) that c is.")
+        self.c, self.form, self.relative = c, form, relative
 
     def forward(self, a: Sample, b: Sample) -> PerSample:
         squares = (a - b).square().flatten(1)
-        c = 0.00054 * squares.shape[1] ** 0.5 if self.c is None else self.c
+        c = self.relative * squares.shape[1] ** 0.5 if self.c is None else self.c
         if self.form == "vector":
             return (squares.sum(1) + c**2).sqrt() - c
         return ((squares + c**2).sqrt() - c).mean(1)
+
+
+def derivative(distance: Distance, y: Sample) -> Sample:
+    """d'(y), the gradient of ``distance(y, 0)`` in each sample of ``y``, ``(b, *shape)``.
+
+    It carries gradients to whatever ``y`` depends on and can be differentiated to any order; where ``y`` carries none, or under
+    ``torch.no_grad``, neither does it.
+    """
+    differentiable = y.requires_grad and torch.is_grad_enabled()
+    with torch.enable_grad():
+        # the graph is walked from the value to y, not into what y was made of; without one, y is its own leaf
+        point = y if differentiable else y.detach().requires_grad_()
+        value = distance(point, torch.zeros_like(point)).sum()
+        return torch.autograd.grad(value, point, create_graph=differentiable)[0]
 
 
 class LPIPS(Distance):

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from distill.denoiser import NetworkDenoiser
 from distill.ema import DecayAveraging
+from distill.grids import KarrasGrid, UniformGrid
 from distill.methods.denoising import DenoisingTraining
 from distill.optimization import Optimization
 from distill.samplers import OdeSampler
 from distill.schedules import NoiseSchedule, RectifiedFlow, VarianceExploding, VariancePreserving
 from distill.solvers import Heun
-from distill.times import KarrasGrid, KarrasWeight, LogNormalTimes, TimeDistribution, UniformGrid, UniformTimes, Weight
+from distill.times import LogNormalTimes, TimeDistribution, UniformTimes
 from distill.types import Batch, Cond, PerSample, Time
+from distill.weights import KarrasWeight, Weight
 
 PREDICTIONS = ["x0", "eps", "v", "flow", "edm"]
 
@@ -127,9 +129,12 @@ def test_the_weight_multiplies_each_samples_error():
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_a_share_of_the_samples_loses_its_conditions(share):
+    """The network is trained on the conditions that `drop_conditions` leaves."""
     method = DenoisingTraining(small(num_classes=2), UniformTimes(), Optimization(), evaluation(), null_probability=share)
-    batch = batch_of(0, 4000)
-    dropped = method.drop(batch.cond, batch.null)
+    batch, seen = batch_of(0, 4000), []
+    method.student.network.register_forward_pre_hook(lambda network, inputs: seen.append(inputs[2]))
+    method.losses(batch)
+    (dropped,) = seen
     null = dropped["labels"] == 2
     assert float(null.float().mean()) == pytest.approx(share, abs=0.03)
     assert torch.equal(dropped["labels"][~null], batch.cond["labels"][~null])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import socket
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from distill.distances import LPIPS, PseudoHuber, SquaredDistance
+from distill.distances import LPIPS, PseudoHuber, SquaredDistance, derivative
 
 A = torch.zeros(2, 1, 2, 2)
 B = torch.tensor([[3.0, 0.0, 0.0, 4.0], [1.0, 1.0, 1.0, 1.0]]).reshape(2, 1, 2, 2)
@@ -54,9 +55,73 @@ def test_gradients_are_the_derivative_in_both_arguments(distance):
     assert torch.autograd.gradcheck(distance, (a, b))
 
 
-def test_bad_c_is_named():
+@pytest.mark.parametrize("form", ["vector", "element"])
+def test_relative_c_goes_with_the_samples_size(form):
+    """c = relative sqrt(D), and a c that is given goes before it."""
+    a, b = (torch.randn(2, 3, 5, 7, dtype=torch.float64) for _ in range(2))
+    relative = PseudoHuber(form=form, relative=0.03)(a, b)
+    assert torch.equal(relative, PseudoHuber(0.03 * math.sqrt(105), form)(a, b))
+    assert not torch.equal(relative, PseudoHuber(form=form)(a, b))
+    assert torch.equal(PseudoHuber(0.5, form, relative=0.03)(a, b), PseudoHuber(0.5, form)(a, b))
+
+
+def test_bad_constants_are_named():
     with pytest.raises(ValueError, match="c=0.0"):
         PseudoHuber(0.0)
+    with pytest.raises(ValueError, match="relative=0.0"):
+        PseudoHuber(relative=0.0)
+
+
+# ------------------------------------------------------------------------------------------------------- derivatives
+
+
+def slopes(y: torch.Tensor, c: float) -> list[tuple[torch.nn.Module, torch.Tensor]]:
+    """Distances and their derivatives at ``y`` ``(b, c, h, w)``, by hand."""
+    count, norm = y[0].numel(), y.flatten(1).square().sum(1)[:, None, None, None]
+    return [
+        (SquaredDistance(), 2 * y / count),
+        (PseudoHuber(c, "vector"), y / (norm + c**2).sqrt()),
+        (PseudoHuber(c, "element"), y / (y**2 + c**2).sqrt() / count),
+    ]
+
+
+def test_derivatives_by_hand():
+    y = torch.randn(3, 2, 2, 2, dtype=torch.float64)
+    for distance, slope in slopes(y, 0.7):
+        found = derivative(distance, y)
+        torch.testing.assert_close(found, slope, rtol=1e-12, atol=0)
+        assert not found.requires_grad and not y.requires_grad
+
+
+@pytest.mark.parametrize("distance", [SquaredDistance(), PseudoHuber(0.3), PseudoHuber(0.3, "element")])
+def test_derivatives_are_differentiable_again(distance):
+    y = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda y: derivative(distance, y), (y,))
+    assert torch.autograd.gradgradcheck(lambda y: derivative(distance, y), (y,))
+
+
+def test_derivatives_carry_gradients_to_what_the_argument_depends_on():
+    """Two networks apart, as in score implicit matching: the same gradients as by the formula, in weights and in input."""
+    first, second, x = torch.nn.Linear(4, 4).double(), torch.nn.Linear(4, 4).double(), torch.randn(3, 4, dtype=torch.float64)
+    inputs = [x.requires_grad_(), *first.parameters(), *second.parameters()]
+
+    def gradients(slope: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad((slope(first(x) - second(x)) * first(x)).sum(), inputs)
+
+    found = gradients(lambda y: derivative(PseudoHuber(0.2), y))
+    exact = gradients(lambda y: y / (y.square().sum(1, keepdim=True) + 0.04).sqrt())
+    for mine, theirs in zip(found, exact, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+        assert mine.abs().max() > 1e-3
+
+
+def test_derivatives_without_a_graph():
+    """Where none is asked for there is none, and the argument is left as it was."""
+    y = torch.randn(2, 3, requires_grad=True)
+    with torch.no_grad():
+        found = derivative(SquaredDistance(), y)
+    assert not found.requires_grad and y.grad is None
+    torch.testing.assert_close(found, 2 * y.detach() / 3)
 
 
 # ------------------------------------------------------------------------------------------------------------- LPIPS

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: the formula, the interval, scales of each sample, and what it costs."""
+"""Guidance: the formula, the interval, scales of each sample and of each batch, what it costs, and dropped conditions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from helpers import small
 from oracle import SCHEDULES, Mixture
 
 from distill.denoiser import Denoiser
-from distill.guidance import ClassifierFreeGuidance
+from distill.guidance import ClassifierFreeGuidance, RandomGuidance, drop_conditions
 from distill.schedules import NoiseSchedule, RectifiedFlow, VarianceExploding, per_sample
 from distill.types import label_conditions
 
@@ -133,3 +133,79 @@ def test_bad_settings_are_named():
         ClassifierFreeGuidance(2.0, 2.0, 1.0)
     with pytest.raises(ValueError, match="guidance.scale=2.0"):
         ClassifierFreeGuidance(2.0)(Mixture(RectifiedFlow(), MEANS, 0.4), {})
+
+
+# ----------------------------------------------------------------------------------------------------- drawn scales
+
+
+def test_a_drawn_scale_guides_the_whole_batch_in_one_forward():
+    denoiser, x, t, cond, null = setting()
+    rule = RandomGuidance(2.0, 6.0).drawn(torch.device("cpu"))
+    assert isinstance(rule.scale, torch.Tensor) and rule.scale.shape == ()
+    guided = rule(denoiser, null)(x, t, cond)
+    assert denoiser.rows == [8]
+    with_class, without = denoiser(x, t, cond), denoiser(x, t, null)
+    torch.testing.assert_close(guided, without + rule.scale.double() * (with_class - without), rtol=0, atol=1e-12)
+
+
+def test_drawn_scales_are_uniform_in_their_range():
+    torch.manual_seed(1)
+    rule, device = RandomGuidance(0.5, 4.0), torch.device("cpu")
+    scales = torch.stack([rule.drawn(device).scale for _ in range(4000)])
+    # quartiles of the uniform law, within four standard errors: 3.5 sqrt(p (1 - p) / 4000)
+    quartiles = scales.quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])).tolist()
+    assert quartiles == pytest.approx([0.5, 1.375, 2.25, 3.125, 4.0], abs=0.11)
+    assert 0.5 <= scales.min() and scales.max() <= 4.0
+    torch.manual_seed(1)
+    assert torch.equal(rule.drawn(device).scale, scales[0])
+
+
+def test_a_drawn_scale_may_be_1_or_less():
+    """A scale of 1 in a tensor is not looked at, which would wait for the device; it guides to the condition itself."""
+    denoiser, x, t, cond, null = setting()
+    for scale, weight in ((1.0, 1.0), (0.5, 0.5)):
+        guided = ClassifierFreeGuidance(torch.tensor(scale))(denoiser, null)(x, t, cond)
+        exact = denoiser(x, t, null).lerp(denoiser(x, t, cond), weight)
+        torch.testing.assert_close(guided, exact, rtol=0, atol=1e-12)
+
+
+def test_random_guidance_itself_is_that_of_the_middle():
+    denoiser, x, t, cond, null = setting()
+    middle = ClassifierFreeGuidance(2.25)(denoiser, null)(x, t, cond)
+    torch.testing.assert_close(RandomGuidance(0.5, 4.0)(denoiser, null)(x, t, cond), middle, rtol=0, atol=0)
+
+
+def test_a_rule_without_chance_is_drawn_as_itself():
+    rule = ClassifierFreeGuidance(3.0)
+    assert rule.drawn(torch.device("cpu")) is rule
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.1, 2.0), (2.0, 2.0), (3.0, 2.0), (0.5, float("nan"))])
+def test_bad_ranges_of_scales_are_named(low, high):
+    with pytest.raises(ValueError, match=f"low={low} and high={high}"):
+        RandomGuidance(low, high)
+
+
+# ------------------------------------------------------------------------------------------------ dropped conditions
+
+
+def test_dropped_rows_are_the_nulls_in_every_condition():
+    """One draw of ``torch.rand`` a sample decides for all its conditions, whatever their shapes."""
+    cond = {"labels": torch.arange(1000), "prompt_embeds": torch.randn(1000, 3, 2)}
+    null = {"labels": torch.full((1000,), -1), "prompt_embeds": torch.randn(1000, 3, 2)}
+    before = {key: value.clone() for key, value in cond.items()}
+    torch.manual_seed(5)
+    dropped = drop_conditions(cond, null, 0.3)
+    torch.manual_seed(5)
+    rows = torch.rand(1000) < 0.3
+    assert 200 < rows.sum() < 400
+    for key, value in dropped.items():
+        assert torch.equal(value[rows], null[key][rows]) and torch.equal(value[~rows], cond[key][~rows])
+        assert torch.equal(cond[key], before[key])
+
+
+def test_nothing_is_drawn_where_nothing_is_dropped():
+    cond, null = label_conditions(torch.tensor([0, 1]), 3)
+    state = torch.get_rng_state()
+    assert drop_conditions(cond, null, 0.0) is cond and drop_conditions({}, {}, 0.5) == {}
+    assert torch.equal(torch.get_rng_state(), state)

@@ -13,12 +13,13 @@ import torch
 
 from distill.denoiser import NetworkDenoiser
 from distill.evaluation import Evaluation
+from distill.guidance import drop_conditions
 from distill.methods.base import Method
 from distill.optimization import Optimization
-from distill.schedules import per_sample
 from distill.space import ModelSpace
-from distill.times import ConstantWeight, TimeDistribution, Weight
-from distill.types import Batch, Cond, Losses
+from distill.times import TimeDistribution
+from distill.types import Batch, Losses
+from distill.weights import ConstantWeight, Weight
 
 
 class DenoisingTraining(Method):
@@ -56,15 +57,7 @@ class DenoisingTraining(Method):
         schedule, x0 = self.student.schedule, batch.x0
         t = self.times.sample(len(x0), schedule, x0.device)
         eps = torch.randn_like(x0) if batch.noise is None else batch.noise
-        cond = self.drop(batch.cond, batch.null)
+        cond = drop_conditions(batch.cond, batch.null, self.null_probability)
         raw = self.student.raw(schedule.add_noise(x0, eps, t), t, cond)
         errors = (raw - self.student.raw_target(x0, eps, t)).square().flatten(1).mean(1)
         return {"loss": (self.weight(schedule, t, torch.full_like(t, schedule.t_min)) * errors).mean()}
-
-    def drop(self, cond: Cond, null: Cond) -> Cond:
-        """``cond`` with a random share of its rows replaced by those of ``null``."""
-        if not cond or self.null_probability == 0:
-            return cond
-        rows = next(iter(cond.values()))
-        dropped = torch.rand(len(rows), device=rows.device) < self.null_probability
-        return {key: torch.where(per_sample(dropped, value), null[key], value) for key, value in cond.items()}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.adapters import ScalarInput
+from distill.networks.bottleneck import Bottleneck, Layer
 from distill.types import Cond, Sample, Time
 
 SCALAR_ORIGINS = {"guidance": 1.0}
@@ -48,6 +49,14 @@ class Network(nn.Module, ABC):
     @abstractmethod
     def time_embedding(self) -> tuple[nn.Module, int]:
         """The MLP that embeds times, and the size of its input: where scalar inputs are added."""
+
+    def bottleneck(self, layer: Layer = "middle") -> Bottleneck:
+        """Where inner features are read: `distill.features` does.
+
+        Raises:
+            ValueError: a network that has no such layer, or does not say where it is.
+        """
+        raise ValueError(f"{type(self).__name__} does not say where its inner features are read: it needs a `bottleneck`.")
 
     def add_scalar_input(self, name: str) -> None:
         """The network now also reads ``cond[name]`` ``(b,)``, at first without effect; see `ScalarInput`.

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from distill.networks.base import DiffusersNetwork
+from distill.networks.bottleneck import Bottleneck, Layer, transformer_bottleneck
 from distill.types import Cond, Sample, Time
 
 
@@ -44,6 +45,11 @@ class DiT(DiffusersNetwork):
         scalar: Any = self.scalars[name]
         for embedding in self._embeddings()[1:]:
             scalar.add_to(embedding.timestep_embedder)
+
+    def bottleneck(self, layer: Layer = "middle") -> Bottleneck:
+        return transformer_bottleneck(
+            self.model.transformer_blocks, self.model.config, self.native_shape, self.model.config.patch_size
+        )
 
     def predict(self, x: Sample, time: Time, cond: Cond) -> Tensor:
         if tuple(x.shape[1:]) != self.shape:

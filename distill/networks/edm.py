@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from distill.networks.base import Network
+from distill.networks.bottleneck import Bottleneck, Layer, edm_bottleneck
 from distill.networks.edm_modules import Architecture, EDMUNet
 from distill.types import Cond, Sample, Time
 
@@ -59,6 +60,9 @@ class EDM(Network):
 
     def time_embedding(self) -> tuple[nn.Module, int]:
         return self.model.embed, self.model.time_width
+
+    def bottleneck(self, layer: Layer = "middle") -> Bottleneck:
+        return edm_bottleneck(self.model, self.native_shape, layer)
 
     def forward(self, x: Sample, time: Time, cond: Cond, r: Time | None = None) -> Sample:
         if r is not None:

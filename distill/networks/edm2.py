@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from distill.networks.base import Network
+from distill.networks.bottleneck import Bottleneck, Layer, edm_bottleneck
 from distill.networks.edm2_modules import EDM2UNet
 from distill.types import Cond, Sample, Time
 
@@ -64,6 +65,9 @@ class EDM2(Network):
 
     def time_embedding(self) -> tuple[nn.Module, int]:
         return self.model.embed, self.model.embed.weight.shape[1]
+
+    def bottleneck(self, layer: Layer = "middle") -> Bottleneck:
+        return edm_bottleneck(self.model, self.native_shape, layer)
 
     def forward(self, x: Sample, time: Time, cond: Cond, r: Time | None = None) -> Sample:
         if r is not None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.networks.base import DiffusersNetwork
+from distill.networks.bottleneck import Bottleneck, Layer, transformer_bottleneck
 from distill.types import Cond, Sample, Time
 
 PATCH = 2
@@ -43,6 +44,10 @@ class Flux(DiffusersNetwork):
     def time_embedding(self) -> tuple[nn.Module, int]:
         embedder = self.model.time_text_embed.timestep_embedder
         return embedder, embedder.linear_1.in_features
+
+    def bottleneck(self, layer: Layer = "middle") -> Bottleneck:
+        blocks = [*self.model.transformer_blocks, *self.model.single_transformer_blocks]
+        return transformer_bottleneck(blocks, self.model.config, self.native_shape, PATCH, output=1)
 
     def predict(self, x: Sample, time: Time, cond: Cond) -> Tensor:
         self.check_size(x, PATCH)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from distill.networks.base import DiffusersNetwork
+from distill.networks.bottleneck import Bottleneck, Layer, transformer_bottleneck
 from distill.types import Cond, Sample, Time
 
 
@@ -29,6 +30,11 @@ class PixArt(DiffusersNetwork):
     def time_embedding(self) -> tuple[nn.Module, int]:
         embedder = self.model.adaln_single.emb.timestep_embedder
         return embedder, embedder.linear_1.in_features
+
+    def bottleneck(self, layer: Layer = "middle") -> Bottleneck:
+        return transformer_bottleneck(
+            self.model.transformer_blocks, self.model.config, self.native_shape, self.model.config.patch_size
+        )
 
     def predict(self, x: Sample, time: Time, cond: Cond) -> Tensor:
         self.check_size(x, self.model.config.patch_size)

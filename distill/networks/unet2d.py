@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from distill.networks.base import DiffusersNetwork
+from distill.networks.bottleneck import Bottleneck, Layer, unet_bottleneck
 from distill.types import Cond, Sample, Time
 
 
@@ -83,6 +84,9 @@ class UNet2D(DiffusersNetwork):
 
     def time_embedding(self) -> tuple[nn.Module, int]:
         return self.model.time_embedding, self.model.time_embedding.linear_1.in_features
+
+    def bottleneck(self, layer: Layer = "middle") -> Bottleneck:
+        return unet_bottleneck(self.model, self.native_shape, layer)
 
     def predict(self, x: Sample, time: Time, cond: Cond) -> Tensor:
         return self.model(x, time, class_labels=cond["labels"] if self.num_classes is not None else None).sample

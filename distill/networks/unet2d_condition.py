@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from distill.adapters import sinusoid
 from distill.networks.base import SCALAR_ORIGINS, DiffusersNetwork, read_scalar
+from distill.networks.bottleneck import Bottleneck, Layer, unet_bottleneck
 from distill.types import Cond, Sample, Time
 
 TIME_IDS = 6
@@ -56,6 +57,9 @@ class UNet2DCondition(DiffusersNetwork):
             return None
         scale = read_scalar(cond, "guidance") - SCALAR_ORIGINS["guidance"]
         return self.cast(sinusoid(1000 * scale, self.model.config.time_cond_proj_dim))
+
+    def bottleneck(self, layer: Layer = "middle") -> Bottleneck:
+        return unet_bottleneck(self.model, self.native_shape, layer)
 
     def predict(self, x: Sample, time: Time, cond: Cond) -> Tensor:
         added = None
