@@ -99,3 +99,15 @@ def start_student(teacher: Denoiser, lora: LoRA | None) -> Denoiser:
 def diffusers_networks(module: nn.Module) -> list[DiffusersNetwork]:
     """The networks of diffusers in a module."""
     return [part for part in module.modules() if isinstance(part, DiffusersNetwork)]
+
+
+def checkpoint_gradients(module: nn.Module, key: str) -> None:
+    """Has the networks of a module compute activations again in the backward pass instead of keeping them.
+
+    Raises:
+        ValueError: none of them is of diffusers; names the ``key`` that asked for it.
+    """
+    if not (networks := diffusers_networks(module)):
+        raise ValueError(f"{key}.gradient_checkpointing=true: only networks of diffusers can; set it to false.")
+    for network in networks:
+        network.model.enable_gradient_checkpointing()

@@ -68,35 +68,47 @@ def default_optimizer(parameters: Iterable) -> Optimizer:
 
 
 @dataclass
-class Optimization:
-    """Settings of a method's optimisation; for two players, of the student's.
+class PlayerOptimization:
+    """How one player's parameters are stepped.
 
     Attributes:
         optimizer: makes the optimiser from the parameters. A fused Adam or AdamW skips a bad step without a
             host-device synchronisation; other optimisers need one a step.
         learning_rate: the factor on its learning rate.
         gradient_clip_norm: bound on the norm of the whole gradient; None for none.
-        accumulate_batches: batches whose gradients make one step.
-        averaging: of the evaluation average of the student.
-        gradient_checkpointing: whether the student computes activations again in the backward pass instead of keeping them.
-        compile: whether the inner networks are compiled by torch.compile; checkpoints are the same.
-        max_skipped: this many steps skipped in a row, for a loss or gradient that is not finite, end the run.
+        gradient_checkpointing: whether the player computes activations again in the backward pass instead of keeping them.
     """
 
     optimizer: OptimizerFactory = default_optimizer
     learning_rate: LearningRate = field(default_factory=LearningRate)
     gradient_clip_norm: float | None = 1.0
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.gradient_clip_norm is not None and self.gradient_clip_norm <= 0:
+            raise ValueError(f"gradient_clip_norm={self.gradient_clip_norm}: give a positive norm, or null for no clipping.")
+
+
+@dataclass
+class Optimization(PlayerOptimization):
+    """Settings of a method's optimisation: of the student, and what holds for the run. (More: `PlayerOptimization`.)
+
+    Attributes:
+        accumulate_batches: batches whose gradients make one step, of every player.
+        averaging: of the evaluation average of the student.
+        compile: whether the inner networks are compiled by torch.compile; checkpoints are the same.
+        max_skipped: this many steps skipped in a row, for a loss or gradient that is not finite, end the run.
+    """
+
     accumulate_batches: int = 1
     averaging: Averaging = field(default_factory=lambda: lazy_instance(DecayAveraging))
-    gradient_checkpointing: bool = False
     compile: bool = False
     max_skipped: int = 20
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.accumulate_batches < 1:
             raise ValueError(f"accumulate_batches={self.accumulate_batches}: give at least 1.")
-        if self.gradient_clip_norm is not None and self.gradient_clip_norm <= 0:
-            raise ValueError(f"gradient_clip_norm={self.gradient_clip_norm}: give a positive norm, or null for no clipping.")
         if self.max_skipped < 1:
             raise ValueError(f"max_skipped={self.max_skipped}: give at least 1.")
 

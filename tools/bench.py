@@ -1,11 +1,11 @@
 """What a method's training step costs beside a bare loop that makes the same network evaluations and nothing else.
 
-    python tools/bench.py --steps 40
+    python tools/bench.py --method consistency --steps 40
 
-Consistency distillation on the digits network: each step evaluates the teacher twice (Heun) and the target once without
-gradient, and the student once forward and backward. The two are timed in one process, in turn, batch by batch: between two
-batches of the real Trainer (data, loop, losses, clipping, optimiser, averages) one bare step is made and timed apart. Nothing
-is written to loggers. The peak memory is the process's, the bare loop's two networks included.
+Methods: ``consistency`` (configs/digits/cd.yaml), ``sid`` and ``dmd2`` (configs/digits/sid.yaml, dmd2.yaml) on the digits
+network. The two are timed in one process, in turn, batch by batch: between two batches of the real Trainer (data, loop, losses,
+clipping, optimiser, averages) one bare step of the same player is made and timed apart. Nothing is written to loggers. The peak
+memory is the process's, the bare loop's networks included.
 """
 
 from __future__ import annotations
@@ -16,29 +16,137 @@ import logging
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, Trainer
+from torch import Tensor, nn
 
 from datamodules.digits import DigitsDataModule
+from distill.adversarial import Adversarial
 from distill.denoiser import NetworkDenoiser
+from distill.discriminators import ConvolutionalDiscriminator
 from distill.distances import PseudoHuber
 from distill.evaluation import Evaluation
+from distill.features import features_of
+from distill.few_step import FewStepSampler
+from distill.gradients import frozen_parameters
+from distill.grids import ConstantPoints, UniformGrid
+from distill.methods.base import Method
 from distill.methods.consistency import Consistency
+from distill.methods.distribution_matching import DistributionMatching
+from distill.methods.score_distillation import FakeScore
+from distill.methods.score_identity import ScoreIdentity
 from distill.networks.unet2d import UNet2D
 from distill.optimization import Optimization
+from distill.pairs import GridPairs
 from distill.schedules import RectifiedFlow
 from distill.solvers import Heun
-from distill.times import ConstantPoints, GridPairs, UniformGrid
+from distill.times import KarrasTimes, LogNormalTimes, UniformTimes
 from distill.types import Batch
+from distill.weights import KarrasWeight, PredictionWeight
+
+
+def denoiser() -> NetworkDenoiser:
+    """The digits network."""
+    return NetworkDenoiser(UNet2D(channels=(32, 64), layers_per_block=1), RectifiedFlow(), "flow")
+
+
+def one_step(**settings: Any) -> dict[str, Any]:
+    """What the score distillations share."""
+    return dict(teacher=denoiser(), optimization=Optimization(), evaluation=Evaluation(steps=[1]), **settings)
+
+
+def consistency() -> Consistency:
+    return Consistency(
+        GridPairs(UniformGrid(), ConstantPoints(8)),
+        PseudoHuber(),
+        Optimization(),
+        Evaluation(),
+        student=denoiser(),
+        teacher=denoiser(),
+        solver=Heun(),
+    )
+
+
+def sid() -> ScoreIdentity:
+    fake = FakeScore(LogNormalTimes(), KarrasWeight())
+    return ScoreIdentity(sampler=FewStepSampler(sigmas=[2.5]), times=KarrasTimes(high=0.8), fake_score=fake, **one_step())
+
+
+def dmd2() -> DistributionMatching:
+    return DistributionMatching(
+        sampler=FewStepSampler(times=[1.0], start="prior"),
+        times=UniformTimes(0.02, 0.98),
+        fake_score=FakeScore(UniformTimes(), PredictionWeight("flow"), steps=2),
+        adversarial=Adversarial(UniformTimes()),
+        **one_step(),
+    )
+
+
+class BareLoop(nn.Module):
+    """The network evaluations of a method's turns on networks of its own, and their gradients.
+
+    Args:
+        method: says which method's.
+    """
+
+    def __init__(self, method: str):
+        super().__init__()
+        self.method = method
+        self.student, self.teacher, self.fake = denoiser(), denoiser().requires_grad_(False).eval(), denoiser()
+        reader = ConvolutionalDiscriminator()
+        self.head = reader.build(self.fake.network.bottleneck(reader.layer))  # type: ignore[operator]
+
+    def step(self, turn: int, batch: Batch) -> None:
+        """The evaluations of one batch, ``turn`` 0 the student's and 1 the critic's, and the backward pass."""
+        x, t = batch.x0, torch.full((len(batch),), 0.5, device=next(self.parameters()).device)
+        loss = getattr(self, f"{self.method}_{('student', 'critic')[turn]}")(x, t, batch.cond)
+        loss.backward()
+        self.zero_grad(set_to_none=True)
+
+    def consistency_student(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        with torch.no_grad():
+            for network in (self.teacher, self.teacher, self.student):
+                network(x, t, cond)
+        return self.student(x, t, cond).square().mean()
+
+    def sid_student(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        sample = self.student(x, t, cond)
+        with frozen_parameters(self.fake):
+            return (self.teacher(sample, t, cond) * self.fake(sample, t, cond)).mean()
+
+    def sid_critic(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        with torch.no_grad():
+            sample = self.student(x, t, cond)
+        return self.fake(sample, t, cond).square().mean()
+
+    def dmd2_student(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        sample = self.student(x, t, cond)
+        with torch.no_grad():
+            direction = self.teacher(sample, t, cond) - self.fake(sample, t, cond)
+        with frozen_parameters(self.fake), frozen_parameters(self.head):
+            logits = self.head(features_of(self.fake, sample, t, cond))
+        return (direction * sample).mean() + logits.mean()
+
+    def dmd2_critic(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        with torch.no_grad():
+            sample = self.student(x, t, cond)
+        both = {key: torch.cat([value, value]) for key, value in cond.items()}
+        logits = self.head(features_of(self.fake, torch.cat([sample, x]), t.repeat(2), both))
+        return self.fake(sample, t, cond).square().mean() + logits.mean()
+
+
+METHODS: dict[str, Callable[[], Method]] = {"consistency": consistency, "sid": sid, "dmd2": dmd2}
 
 
 class BareSteps(Callback):
-    """Makes one bare step before each batch, and keeps the times of both."""
+    """Makes one bare step before each batch, and keeps the times of both and whose turn it was."""
 
-    def __init__(self, student: UNet2D, teacher: UNet2D):
-        self.student, self.teacher = student, teacher
+    def __init__(self, bare: BareLoop):
+        self.loop = bare
+        self.turns: list[int] = []
         self.bare: list[float] = []
         self.method: list[float] = []
         self.bare_ended = 0.0
@@ -47,12 +155,8 @@ class BareSteps(Callback):
         began = self.now(pl_module)
         if self.bare_ended:
             self.method.append(began - self.bare_ended)
-        x, time_input = batch.x0, torch.full((len(batch),), 500.0, device=pl_module.device)
-        with torch.no_grad():
-            for network in (self.teacher, self.teacher, self.student):
-                network(x, time_input, batch.cond)
-        self.student(x, time_input, batch.cond).square().mean().backward()
-        self.student.zero_grad(set_to_none=True)
+        self.turns.append(pl_module.turn(pl_module.batches_seen))
+        self.loop.step(self.turns[-1], batch)
         self.bare_ended = self.now(pl_module)
         self.bare.append(self.bare_ended - began)
 
@@ -63,31 +167,18 @@ class BareSteps(Callback):
         return time.perf_counter()
 
 
-def consistency_distillation(network: UNet2D, teacher: UNet2D) -> Consistency:
-    """The method of configs/digits/cd.yaml on given networks."""
-    return Consistency(
-        GridPairs(UniformGrid(), ConstantPoints(8)),
-        PseudoHuber(),
-        Optimization(),
-        Evaluation(),
-        student=NetworkDenoiser(network, RectifiedFlow(), "flow"),
-        teacher=NetworkDenoiser(teacher, RectifiedFlow(), "flow"),
-        solver=Heun(),
-    )
-
-
 def main() -> None:
     """Prints one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40, help="steps that are timed")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before them")
+    parser.add_argument("--method", choices=METHODS, default="consistency")
+    parser.add_argument("--steps", type=int, default=40, help="batches that are timed")
+    parser.add_argument("--warmup", type=int, default=6, help="batches before them")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    networks = [UNet2D(channels=(32, 64), layers_per_block=1) for _ in range(4)]
-    timer = BareSteps(networks[2], networks[3])
+    timer = BareSteps(BareLoop(arguments.method))
     trainer = Trainer(
         max_steps=arguments.steps + arguments.warmup + 1,
         callbacks=[timer],
@@ -99,35 +190,41 @@ def main() -> None:
         devices=1,
         use_distributed_sampler=False,
     )
-    method = consistency_distillation(networks[0], networks[1])
-    networks[2].to(trainer.strategy.root_device)
-    networks[3].to(trainer.strategy.root_device)
+    method = METHODS[arguments.method]()
+    timer.loop.to(trainer.strategy.root_device)
     trainer.fit(method, datamodule=DigitsDataModule(arguments.batch_size))
     report(arguments, timer, method)
 
 
-def report(arguments: argparse.Namespace, timer: BareSteps, method: Consistency) -> None:
-    """One line of JSON: medians over the timed steps, and the median of the ratios of neighbours."""
-    bare, steps = timer.bare[arguments.warmup : -1], timer.method[arguments.warmup :]
+def report(arguments: argparse.Namespace, timer: BareSteps, method: Method) -> None:
+    """One line of JSON: medians over the timed batches of each player, and of the ratios of neighbours over all."""
+    first = arguments.warmup
+    rows = list(zip(timer.turns[first:-1], timer.bare[first:-1], timer.method[first:], strict=True))
+    players = {name: [row for row in rows if row[0] == turn] for turn, name in enumerate(("student", "critic"))}
     cuda = torch.cuda.is_available()
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(
         json.dumps(
             {
-                "method": "consistency distillation, digits U-Net",
+                "method": arguments.method,
                 "parameters": sum(parameter.numel() for parameter in method.student.parameters()),
                 "batch_size": arguments.batch_size,
                 "threads": arguments.threads,
                 "device": torch.cuda.get_device_name() if cuda else "cpu",
-                "steps": len(steps),
-                "method_ms": round(1000 * statistics.median(steps), 2),
-                "bare_ms": round(1000 * statistics.median(bare), 2),
-                "ratio": round(statistics.median(own / other for own, other in zip(steps, bare, strict=True)), 3),
+                "steps": len(rows),
+                **{f"{name}_ms": median_ms(own for _, _, own in part) for name, part in players.items() if part},
+                **{f"bare_{name}_ms": median_ms(bare for _, bare, _ in part) for name, part in players.items() if part},
+                "ratio": round(statistics.median(own / bare for _, bare, own in rows), 3),
                 "peak_memory_mib": round(peak / 2**20),
                 "torch": torch.__version__,
             }
         )
     )
+
+
+def median_ms(seconds: Any) -> float:
+    """Median in milliseconds."""
+    return round(1000 * statistics.median(seconds), 2)
 
 
 if __name__ == "__main__":

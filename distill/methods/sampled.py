@@ -16,7 +16,7 @@ from distill.ema import EMA
 from distill.evaluation import Evaluation
 from distill.frozen import Frozen
 from distill.guidance import GuidanceRule, guided
-from distill.samplers import SeededNoise
+from distill.samplers import Sampler, SeededNoise
 from distill.space import ModelSpace, check_fit
 from distill.types import Batch, Cond, DataSpec, Sample
 
@@ -57,6 +57,11 @@ class SampledModule(LightningModule, ABC):
         """Whether the method was built with a teacher."""
         return self._teacher is not None
 
+    @property
+    def student_sampler(self) -> Sampler:
+        """What the student is sampled by."""
+        return self.evaluation.student_sampler
+
     def guided_teacher(self, null: Cond) -> Denoiser:
         """The teacher under the method's guidance rule."""
         return self.teacher if self.guidance is None else self.guidance(self.teacher, null)
@@ -74,6 +79,14 @@ class SampledModule(LightningModule, ABC):
     def prepare(self, batch: Batch) -> Batch:
         """The batch in model space, as `losses` is given it."""
         return self.space.encode(batch)
+
+    @property
+    def model_shape(self) -> tuple[int, ...]:
+        """Shape of one sample in model space. Raises ValueError if neither the data nor the student says it."""
+        shape = self.sample_shape or self.student.shape
+        if shape is None or None in shape:
+            raise ValueError(f"samples have no shape: the student takes {shape}; call check_data with that of the data first.")
+        return shape  # type: ignore[return-value]
 
     def to_pixels(self, samples: Sample) -> Tensor:
         """Samples ``(b, *shape)`` in model space as pixels in [-1, 1], not clamped."""
@@ -101,10 +114,7 @@ class SampledModule(LightningModule, ABC):
             guidance: a guidance scale (1 is none) for the sampled network; None leaves the teacher its rule, or the scale that
                 it is compared at.
         """
-        shape = self.sample_shape or self.student.shape
-        if shape is None or None in shape:
-            raise ValueError(f"samples have no shape: the student takes {shape}; call check_data with that of the data first.")
-        fresh = SeededNoise(seed, indices, shape)  # type: ignore[arg-type]
+        fresh = SeededNoise(seed, indices, self.model_shape)
         noise = fresh.draw(self.device)
         if source not in ("ema", "student", "teacher"):
             raise ValueError(f"source={source!r}: give 'ema', 'student' or 'teacher'.")
@@ -116,7 +126,7 @@ class SampledModule(LightningModule, ABC):
         module: Denoiser = {"ema": self.ema.module, "student": self.student}[source]
         denoiser, cond = self.guided_generator(self.generator(module), cond, null, guidance)
         training = module.training
-        samples = self.evaluation.sample_student(denoiser.eval(), noise, cond, steps, fresh)
+        samples = self.student_sampler(denoiser.eval(), noise, cond, steps, fresh)
         module.train(training)
         return samples
 

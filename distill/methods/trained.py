@@ -12,7 +12,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,20 +22,39 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distill.ema import EMA
-from distill.lora import diffusers_networks
+from distill.lora import checkpoint_gradients
 from distill.networks.base import inner_models
-from distill.optimization import Optimization, SkippedSteps, clip_gradients, step_unless
+from distill.optimization import Optimization, PlayerOptimization, SkippedSteps, clip_gradients, step_unless
 from distill.types import Batch, DataSpec, Losses
 
 
 @dataclass
 class Player:
-    """One side of a method: what it trains and how."""
+    """One side of a method: what it trains and how.
+
+    Attributes:
+        name: in the names of its losses.
+        losses: what its turns minimise.
+        module: what it trains.
+        optimization: how.
+        parameters: of the module, those that are trained.
+    """
 
     name: str
     losses: Callable[[Batch], Losses]
-    parameters: list[nn.Parameter]
-    optimization: Optimization
+    module: nn.Module
+    optimization: PlayerOptimization
+    parameters: list[nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def take_turn(self, own: bool) -> None:
+        """In its ``own`` turn a player requires gradients and is in training mode, dropout on; in others' neither."""
+        for parameter in self.parameters:
+            parameter.requires_grad_(own)
+        if self.module.training != own:
+            self.module.train(own)
 
 
 class TrainedModule(LightningModule, ABC):
@@ -59,14 +78,10 @@ class TrainedModule(LightningModule, ABC):
         super().__init__()
         self.automatic_optimization = False
         self.student = student.train()
-        networks = diffusers_networks(student)
         if optimization.compile and not inner_models(student):
             raise ValueError("optimization.compile=true: only networks of distill/networks are compiled; set it to false.")
-        if optimization.gradient_checkpointing and not networks:
-            raise ValueError("optimization.gradient_checkpointing=true: only networks of diffusers can; set it to false.")
         if optimization.gradient_checkpointing:
-            for network in networks:
-                network.model.enable_gradient_checkpointing()
+            checkpoint_gradients(student, "optimization")
         self.optimization = optimization
         self.ema = EMA(student, optimization.averaging)
         self.skipped = SkippedSteps(optimization.max_skipped)
@@ -94,7 +109,7 @@ class TrainedModule(LightningModule, ABC):
 
     def players(self) -> list[Player]:
         """The sides of the method, in the order of their optimisers."""
-        return [Player("student", self.losses, trained_parameters(self.student), self.optimization)]
+        return [Player("student", self.losses, self.student, self.optimization)]
 
     def turn(self, step: int) -> int:
         """Whose turn it is at optimiser step ``step``: an index into `players`."""
@@ -106,18 +121,33 @@ class TrainedModule(LightningModule, ABC):
 
     def configure_optimizers(self) -> list[Optimizer]:
         self._players = self.players()
+        self._check_players()
         optimizers = [player.optimization.optimizer(player.parameters) for player in self._players]
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["initial_lr"] = group["lr"]
         return optimizers
+
+    def _check_players(self) -> None:
+        """Each player must train something, and no parameter may have two trainers."""
+        seen: dict[int, str] = {}
+        for player in self._players:
+            if not player.parameters:
+                raise ValueError(f"the {player.name} has no parameter that is trained: give one that has (lora, or a copy).")
+            for parameter in player.parameters:
+                if (other := seen.setdefault(id(parameter), player.name)) is not player.name:
+                    raise ValueError(f"the {other} and the {player.name} train the same parameters: give each its own copy.")
+
+    def on_train_end(self) -> None:
+        """All players are as they were before the first turn."""
+        for player in self._players:
+            player.take_turn(True)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         step, part = divmod(self.batches_seen, self.optimization.accumulate_batches)
         index = self.turn(step)
         player = self._players[index]
         for other in self._players:
-            for parameter in other.parameters:
-                parameter.requires_grad_(other is player)
+            other.take_turn(other is player)
         self.seed_draws()
         losses = player.losses(self.prepare(batch))
         last = part + 1 == self.optimization.accumulate_batches
@@ -172,9 +202,12 @@ class TrainedModule(LightningModule, ABC):
 
     def seed_draws(self, stream: str = "") -> None:
         """Seeds torch's generators from (seed, batch, rank) and the name of a ``stream`` of draws within the batch."""
-        run_seed = os.environ.get("PL_GLOBAL_SEED", "0")
-        key = f"{run_seed}/{self.batches_seen}/{self.global_rank}/{stream}"
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little", signed=True))
+        torch.manual_seed(self.draw_key(f"{self.global_rank}/{stream}"))
+
+    def draw_key(self, stream: str) -> int:
+        """A number, 64 bits with a sign, that depends on (seed, batch) and the name of a stream, and not on the rank."""
+        key = f"{os.environ.get('PL_GLOBAL_SEED', '0')}/{self.batches_seen}/{stream}"
+        return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)
 
     # ----------------------------------------------------------------------------------------------------- contracts
 
@@ -193,8 +226,3 @@ class TrainedModule(LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.batches_seen = checkpoint["distill"]["batches_seen"]
-
-
-def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a module that are trained."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -1,0 +1,55 @@
+"""The adversarial part of a score distillation: a head on inner features of the fake score's network tells noisy samples from
+noisy data (Yin et al. 2405.14867, section 4.3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from distill.denoiser import Denoiser
+from distill.discriminators import ConvolutionalDiscriminator, Discriminator, Head, discriminator_loss, generator_loss
+from distill.features import bottleneck_of, features_of
+from distill.gradients import Gradient, evaluate
+from distill.times import TimeDistribution
+from distill.types import Cond, Sample
+
+
+@dataclass
+class Adversarial:
+    """What the discriminator sees, and how much it counts.
+
+    Attributes:
+        times: law of the noise levels at which it looks; samples and data get noise and times of their own.
+        discriminator: the features and the head.
+        generator_weight: factor of the generator's adversarial loss: 3e-3 on ImageNet-64, 1e-3 for SD 1.5, 5e-3 for SDXL.
+        critic_weight: factor of the discriminator's loss beside the fake score's: 1e-2.
+    """
+
+    times: TimeDistribution
+    discriminator: Discriminator = field(default_factory=ConvolutionalDiscriminator)
+    generator_weight: float = 3e-3
+    critic_weight: float = 1e-2
+
+    def build_head(self, fake: Denoiser) -> Head:
+        """A new head for the fake score's network. Raises ValueError if that has no inner features."""
+        return self.discriminator.build(bottleneck_of(fake, self.discriminator.layer))
+
+    def generator_loss(self, fake: Denoiser, head: nn.Module, x_g: Sample, cond: Cond) -> Tensor:
+        """What samples with gradient should lower, a scalar; the network and the head are differentiated in their input."""
+        return generator_loss(self.logits("input", fake, head, x_g, cond))
+
+    def critic_loss(self, fake: Denoiser, head: nn.Module, x_g: Sample, x0: Sample, cond: Cond) -> Tensor:
+        """What network and head should lower, a scalar: samples ``x_g`` and data ``x0`` of the same conditions in one call."""
+        both = {key: torch.cat([value, value]) for key, value in cond.items()}
+        generated, real = self.logits("parameters", fake, head, torch.cat([x_g, x0]), both).chunk(2)
+        return discriminator_loss(real, generated)
+
+    def logits(self, gradient: Gradient, fake: Denoiser, head: nn.Module, samples: Sample, cond: Cond) -> Tensor:
+        """Logits of samples with fresh noise at times of the law."""
+        t = self.times.sample(len(samples), fake.schedule, samples.device)
+        x_t = fake.schedule.add_noise(samples, torch.randn_like(samples), t)
+        return head(evaluate(gradient, fake, x_t, t, cond, partial(features_of, layer=self.discriminator.layer)))

@@ -1,0 +1,212 @@
+"""What the methods of score distillation share: a generator, a frozen teacher, a fake score that learns the generator's law.
+
+    x_g = G(scale z, t_1, c),  x_t = alpha_t x_g + sigma_t eps,   x_g, x_t: (b, *shape), t: (b,)
+    fake score:  E w(t) |X_psi(x_t, t, c) - sg x_g|^2 / D
+
+X_phi and X_psi are the x0-views of the teacher and of the fake score: ``score = (alpha X - x_t) / sigma^2``. The generator's
+losses (`score_identity.py`, `score_implicit.py`, `distribution_matching.py`) are written in them, so that they are the same on
+every schedule and for every type of prediction. No data is read unless a method says so: batches give the conditions.
+
+The players draw samples of their own, as SiD does (Zhou et al. 2404.04057). DMD2 and SwiftBrush let the fake score learn from
+the samples of the generator's last step instead, which spares one generator evaluation in a cycle, but would have to be kept
+in checkpoints.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from distill.denoiser import Denoiser
+from distill.evaluation import Evaluation
+from distill.few_step import FewStepSampler
+from distill.gradients import Call, Gradient, denoise, evaluate
+from distill.guidance import GuidanceRule, drop_conditions
+from distill.lora import LoRA, checkpoint_gradients, start_student
+from distill.methods.two_player import TwoPlayerMethod
+from distill.optimization import Optimization, PlayerOptimization
+from distill.samplers import Sampler
+from distill.space import ModelSpace
+from distill.times import TimeDistribution
+from distill.types import Batch, Cond, Losses, Sample, Time
+from distill.weights import Weight
+
+
+@dataclass
+class FakeScore:
+    """How the fake score is made of the teacher, and trained.
+
+    Attributes:
+        times: law of its training times.
+        weight: w(t) of its squared error in x0 (`PredictionWeight` makes it that of the noise, of EDM's F ...).
+        optimization: its optimiser, learning rate and clipping.
+        steps: its turns for one of the generator's.
+        warmup_steps: its turns before the generator's first.
+        lora: it is LoRA layers on the teacher's weights (SwiftBrush); None trains all weights of a copy.
+        guidance: under which it is trained (SiD-LSG's kappa_1); None for not.
+        null_probability: in [0, 1), share of samples on which it is trained without their conditions.
+    """
+
+    times: TimeDistribution
+    weight: Weight
+    optimization: PlayerOptimization = field(default_factory=PlayerOptimization)
+    steps: int = 1
+    warmup_steps: int = 0
+    lora: LoRA | None = None
+    guidance: GuidanceRule | None = None
+    null_probability: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"fake_score.steps={self.steps}: give at least 1.")
+        if not 0 <= self.null_probability < 1:
+            raise ValueError(f"fake_score.null_probability={self.null_probability}: give a share in [0, 1).")
+
+
+class ScoreDistillation(TwoPlayerMethod, ABC):
+    """A generator whose samples' noisy law is moved to the teacher's; a method writes ``losses(batch)``.
+
+    Args:
+        teacher: frozen; the generator and the fake score start from it.
+        sampler: the times at which the generator is trained and sampled.
+        times: law of the times at which the two scores are compared.
+        fake_score: the other player.
+        guidance: the teacher's rule.
+        fake_guidance: the fake score's in the generator's loss; ``teacher`` for the teacher's, a drawn scale included.
+        student: the generator at first, if it is not to be the teacher.
+        lora: the generator is LoRA layers on the teacher's weights; None trains all weights of a copy.
+        optimization, evaluation, space: see `Method`.
+
+    Raises:
+        ValueError: an evaluation with a sampler of its own or with steps that the student is not trained for, times outside of
+            the teacher's schedule, settings that contradict each other.
+    """
+
+    teacher_gradient: Gradient = "none"
+    """What the generator's loss differentiates the two frozen networks in."""
+
+    def __init__(
+        self,
+        teacher: Denoiser,
+        sampler: FewStepSampler,
+        times: TimeDistribution,
+        fake_score: FakeScore,
+        optimization: Optimization,
+        evaluation: Evaluation,
+        guidance: GuidanceRule | None = None,
+        fake_guidance: GuidanceRule | Literal["teacher"] | None = None,
+        student: Denoiser | None = None,
+        lora: LoRA | None = None,
+        space: ModelSpace | None = None,
+    ):
+        if student is not None and lora is not None:
+            raise ValueError(f"model.student and model.lora={lora} are both set: LoRA stands on the teacher; set one only.")
+        if evaluation.sampler is not None:
+            raise ValueError("evaluation.sampler is set: the student is sampled by model.sampler; leave it out.")
+        if max(evaluation.steps) > len(sampler):
+            raise ValueError(f"evaluation.steps={evaluation.steps}: model.sampler has {len(sampler)} times; give no more.")
+        sampler.times_in(teacher.schedule)
+        student = start_student(teacher, lora) if student is None else student
+        critic = nn.ModuleDict({"score": start_student(teacher, fake_score.lora)})
+        players, turns = (optimization, fake_score.optimization), (fake_score.steps, fake_score.warmup_steps)
+        super().__init__(student, teacher, critic, guidance, *players, evaluation, *turns, space)
+        self.sampler, self.times, self.fake_score, self.fake_guidance = sampler, times, fake_score, fake_guidance
+        if optimization.gradient_checkpointing and self.teacher_gradient != "none":
+            checkpoint_gradients(self.teacher, "optimization")
+
+    @property
+    def fake(self) -> Denoiser:
+        """The fake score's denoiser."""
+        return self.critic["score"]  # type: ignore[index, return-value]
+
+    @property
+    def student_sampler(self) -> Sampler:
+        return self.sampler
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.teacher_gradient != "none" and getattr(self.teacher, "frozen_dtype", None) == torch.float16:
+            raise ValueError(
+                "model.teacher.dtype=float16: this method differentiates the teacher in its input, and gradients would pass "
+                "float16 unscaled; set it to null, or to bfloat16."
+            )
+
+    # -------------------------------------------------------------------------------------------------- the generator
+
+    def generate(self, batch: Batch, gradient: Gradient) -> Sample:
+        """The generator's samples ``(b, *shape)`` for the batch's conditions, at one of its times drawn for all ranks."""
+        noise = torch.randn(len(batch), *self.model_shape, device=self.device)
+        return self.generate_from(noise, batch.cond, gradient)
+
+    def generate_from(self, noise: Sample, cond: Cond, gradient: Gradient) -> Sample:
+        """The same from unit ``noise``; only the last of its steps is differentiated."""
+        with torch.no_grad():
+            x, t = self.sampler.simulate(self.student, noise, cond, self.exit_index())
+        return evaluate(gradient, self.student, x, t, cond)
+
+    def exit_index(self) -> int:
+        """Which of the generator's times this batch trains: uniform, the same on every rank (DMD2, section 4.4)."""
+        return self.draw_key("exit") % len(self.sampler)
+
+    # --------------------------------------------------------------------------------------------------- the two scores
+
+    def noisy(self, x_g: Sample, times: TimeDistribution) -> tuple[Sample, Time]:
+        """``(x_t, t)``: samples with fresh noise at times of a law."""
+        schedule = self.student.schedule
+        t = times.sample(len(x_g), schedule, x_g.device)
+        return schedule.add_noise(x_g, torch.randn_like(x_g), t), t
+
+    def scores(self, x_t: Sample, t: Time, batch: Batch, call: Call = denoise) -> tuple[Sample, Any]:
+        """``(X_phi, X_psi)`` at the same inputs, guided; the second is what ``call`` makes of the fake score."""
+        rule = None if self.guidance is None else self.guidance.drawn(x_t.device)
+        fake_rule = rule if self.fake_guidance == "teacher" else self.fake_guidance
+        teacher = self.teacher if rule is None else rule(self.teacher, batch.null)
+        fake = self.fake if not isinstance(fake_rule, GuidanceRule) else fake_rule(self.fake, batch.null)
+        return self.view(teacher, x_t, t, batch.cond), self.view(fake, x_t, t, batch.cond, call)
+
+    def view(self, denoiser: Denoiser, x_t: Sample, t: Time, cond: Cond, call: Call = denoise) -> Any:
+        """One of the two frozen networks in the generator's loss."""
+        return evaluate(self.teacher_gradient, denoiser, x_t, t, cond, call)
+
+    def critic_losses(self, batch: Batch) -> Losses:
+        return {"loss": self.denoising_loss(self.generate(batch, "none"), batch)}
+
+    def denoising_loss(self, x_g: Sample, batch: Batch) -> Tensor:
+        """The fake score's loss on samples of the generator."""
+        settings = self.fake_score
+        x_t, t = self.noisy(x_g, settings.times)
+        cond = drop_conditions(batch.cond, batch.null, settings.null_probability)
+        fake = self.fake if settings.guidance is None else settings.guidance(self.fake, batch.null)
+        return self.weighted_error(evaluate("parameters", fake, x_t, t, cond), x_g, t)
+
+    def weighted_error(self, x0: Sample, x_g: Sample, t: Time) -> Tensor:
+        """The fake score's squared error, a scalar."""
+        errors = (x0 - x_g).square().flatten(1).mean(1)
+        return (self.fake_score.weight(self.student.schedule, t, t) * errors).mean()
+
+    # ------------------------------------------------------------------------------------------------------- contracts
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["distill"]["sampler"] = self.sampler.settings()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint["distill"].get("sampler")
+        if saved != self.sampler.settings():
+            raise ValueError(
+                f"The checkpoint's student was trained with sampler={saved}, but model.sampler is {self.sampler.settings()}: "
+                "give the same, or start a new run."
+            )
+        super().on_load_checkpoint(checkpoint)
+
+
+def teacher_residual(x_g: Sample, x_phi: Sample) -> Tensor:
+    """``mean |x_g - X_phi|`` over a sample's elements, ``(b,)``, at least 1e-5 and without gradient.
+
+    What SiD's and DMD's losses are divided by (2404.04057, section 3.3; 2311.18828, equation 8).
+    """
+    return (x_g - x_phi).detach().abs().flatten(1).mean(1).clamp(min=1e-5)

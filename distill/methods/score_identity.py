@@ -1,0 +1,143 @@
+"""Score identity distillation: SiD (Zhou et al. 2404.04057, equation 23), SiD-LSG (2406.01561) and SiDA (2410.14919).
+
+    L = E sum_D (X_phi - X_psi) * [(X_phi - x_g) - a (X_phi - X_psi)] / mean|x_g - X_phi|
+    X_phi = X_phi(x_t, t, c), X_psi = X_psi(x_t, t, c), x_t = alpha_t x_g + sigma_t eps,   all (b, *shape), t: (b,)
+
+The bracket is the Fisher divergence between the noisy laws of teacher and generator, rewritten by identities of the score so
+that its error in the fake score X_psi is of second order: a = 0 is the naive squared difference, which learns nothing useful,
+a = 1 the identity alone, a > 1 takes off some of the square. Both frozen networks are differentiated in their input. The
+divisor has no gradient, and cancels the level of noise (the paper's sigma^4 is what x0-views differ from scores by).
+
+SiD-LSG is the same with guidance: the rules of teacher (kappa_4), of the fake score here (kappa_2 = kappa_3) and of the fake
+score in its own training (kappa_1) are settings of their own.
+
+SiDA adds a discriminator without parameters of its own: logits d are the channel mean of the fake network's last encoder
+features, read in the very evaluations that give X_psi. The generator's numerator gains ``gamma D softplus(-d)``; the fake
+score's loss gains ``w(t) [softplus(-d(real)) + softplus(d(x_g))] / 2D``, data with the same eps and t as the samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from distill.denoiser import Denoiser
+from distill.discriminators import LOGIT_BOUND, ChannelMeanDiscriminator, Discriminator, discriminator_loss
+from distill.evaluation import Evaluation
+from distill.features import bottleneck_of, denoise_with_features, features_of
+from distill.few_step import FewStepSampler
+from distill.gradients import Call, evaluate
+from distill.guidance import GuidanceRule
+from distill.lora import LoRA
+from distill.methods.score_distillation import FakeScore, ScoreDistillation, teacher_residual
+from distill.optimization import Optimization
+from distill.space import ModelSpace
+from distill.times import TimeDistribution
+from distill.types import Batch, Losses, PerSample
+
+
+@dataclass
+class JointAdversarial:
+    """SiDA's discriminator, which looks where the scores are compared.
+
+    Attributes:
+        discriminator: the features and the head.
+        generator_weight: gamma: 1e-4, the paper's 0.01 beside a loss multiplied by 100.
+        critic_weight: factor of the discriminator's loss: 1 for EDM networks, 100 for EDM2's.
+        start_step: generator's steps before its adversarial term counts (the paper: 100,000 images).
+    """
+
+    discriminator: Discriminator = field(default_factory=ChannelMeanDiscriminator)
+    generator_weight: float = 1e-4
+    critic_weight: float = 1.0
+    start_step: int = 0
+
+
+class ScoreIdentity(ScoreDistillation):
+    """SiD.
+
+    Args:
+        alpha: a: 1.0 or 1.2 in the paper (the name is the paper's; no relation to the schedule's).
+        adversarial: SiDA's discriminator; None for none. It reads data.
+        teacher, sampler, times, fake_score, optimization, evaluation, guidance, fake_guidance, student, lora, space: see
+            `ScoreDistillation`.
+    """
+
+    teacher_gradient = "input"
+
+    def __init__(
+        self,
+        teacher: Denoiser,
+        sampler: FewStepSampler,
+        times: TimeDistribution,
+        fake_score: FakeScore,
+        optimization: Optimization,
+        evaluation: Evaluation,
+        alpha: float = 1.0,
+        adversarial: JointAdversarial | None = None,
+        guidance: GuidanceRule | None = None,
+        fake_guidance: GuidanceRule | Literal["teacher"] | None = None,
+        student: Denoiser | None = None,
+        lora: LoRA | None = None,
+        space: ModelSpace | None = None,
+    ):
+        if adversarial is not None and (fake_guidance is not None or fake_score.guidance is not None):
+            raise ValueError(
+                f"model.adversarial is set with fake_guidance={fake_guidance} and fake_score.guidance={fake_score.guidance}: "
+                "a guided pair has no features; set both to null."
+            )
+        parts = (teacher, sampler, times, fake_score, optimization, evaluation)
+        super().__init__(*parts, guidance, fake_guidance, student, lora, space)
+        self.alpha, self.adversarial = alpha, adversarial
+        if adversarial is not None:
+            reader = adversarial.discriminator
+            self.critic["head"] = reader.build(bottleneck_of(self.fake, reader.layer))  # type: ignore[operator]
+
+    @property
+    def head(self) -> nn.Module:
+        """The discriminator's."""
+        return self.critic["head"]  # type: ignore[index, return-value]
+
+    def losses(self, batch: Batch) -> Losses:
+        x_g = self.generate(batch, "parameters")
+        x_t, t = self.noisy(x_g, self.times)
+        doubt: Tensor | float = 0.0
+        if self.adversarial is None or self.student_step < self.adversarial.start_step:
+            x_phi, x_psi = self.scores(x_t, t, batch)
+        else:
+            x_phi, (x_psi, features) = self.scores(x_t, t, batch, self.tapped(self.adversarial))
+            doubt = self.adversarial.generator_weight * x_g[0].numel() * generator_doubt(self.head(features))
+        gap = x_phi - x_psi
+        identity = (gap * ((x_phi - x_g) - self.alpha * gap)).flatten(1).sum(1)
+        return {"loss": ((identity + doubt) / teacher_residual(x_g, x_phi)).mean(), "gap": gap.detach().square().mean()}
+
+    @staticmethod
+    def tapped(adversarial: JointAdversarial) -> Call:
+        """The evaluation that gives x0 and features."""
+        return partial(denoise_with_features, layer=adversarial.discriminator.layer)
+
+    def critic_losses(self, batch: Batch) -> Losses:
+        if self.adversarial is None:
+            return super().critic_losses(batch)
+        if batch.x0 is None:
+            raise ValueError("model.adversarial is set, but data delivers no samples to compare with: set it to null.")
+        x_g, schedule = self.generate(batch, "none"), self.student.schedule
+        t, eps = self.fake_score.times.sample(len(x_g), schedule, x_g.device), torch.randn_like(x_g)
+        noisy = schedule.add_noise(x_g, eps, t)
+        x0, generated = evaluate("parameters", self.fake, noisy, t, batch.cond, self.tapped(self.adversarial))
+        reader = partial(features_of, layer=self.adversarial.discriminator.layer)
+        real = evaluate("parameters", self.fake, schedule.add_noise(batch.x0, eps, t), t, batch.cond, reader)
+        denoising = self.weighted_error(x0, x_g, t)
+        adversarial = discriminator_loss(self.head(real), self.head(generated))
+        factor = self.adversarial.critic_weight * self.fake_score.weight(schedule, t, t).mean() / (2 * x_g[0].numel())
+        return {"loss": denoising + factor * adversarial, "denoising": denoising, "adversarial": adversarial}
+
+
+def generator_doubt(logits: Tensor) -> PerSample:
+    """``softplus(-d)`` of logits ``(b, *map)`` bounded by 10, the mean of each sample."""
+    return softplus(-logits.clamp(-LOGIT_BOUND, LOGIT_BOUND)).flatten(1).mean(1)
