@@ -39,7 +39,8 @@ class Adversarial:
         return self.discriminator.build(bottleneck_of(fake, self.discriminator.layer))
 
     def generator_loss(self, fake: Denoiser, head: nn.Module, x_g: Sample, cond: Cond) -> Tensor:
-        """What samples with gradient should lower, a scalar; the network and the head are differentiated in their input."""
+        """What samples with gradient should lower, a scalar. The network is differentiated in its input alone; so is the head
+        where, as in the generator's turn, its parameters require no gradients."""
         return generator_loss(self.logits("input", fake, head, x_g, cond))
 
     def critic_loss(self, fake: Denoiser, head: nn.Module, x_g: Sample, x0: Sample, cond: Cond) -> Tensor:

@@ -36,13 +36,18 @@ from torch import Tensor
 
 from distill.distances import SquaredDistance
 from distill.ema import DecayAveraging
+from distill.evaluation import Evaluation
+from distill.few_step import FewStepSampler
 from distill.grids import ConstantPoints, UniformGrid
 from distill.methods.base import Method
 from distill.methods.consistency import Consistency
 from distill.methods.denoising import DenoisingTraining
-from distill.optimization import Optimization
+from distill.methods.score_distillation import FakeScore
+from distill.methods.score_identity import ScoreIdentity
+from distill.optimization import Optimization, PlayerOptimization
 from distill.pairs import GridPairs
 from distill.solvers import Heun
+from distill.weights import ConstantWeight
 
 UNUSED = "ddp_find_unused_parameters_true"
 
@@ -140,6 +145,23 @@ def distilled(rank: int) -> dict[str, Tensor]:
     return everything(fit(method, batches, 5, strategy="ddp", devices=2), method)
 
 
+def score_distilled(rank: int) -> dict[str, Any]:
+    """A generator of two steps: ranks draw samples of their own, at the same one of its times."""
+    method = ScoreIdentity(
+        small(seed=3, num_classes=2), FewStepSampler(times=[1.0, 0.5]), FixedTimes(),
+        FakeScore(FixedTimes(), ConstantWeight(), PlayerOptimization(adam)), Optimization(adam), Evaluation(steps=[1]),
+    )  # fmt: skip
+    seen, generate = [], method.generate_from
+
+    def watched(noise: Tensor, *others: Any) -> Tensor:
+        seen.append((method.exit_index(), float(noise.flatten()[0])))
+        return generate(noise, *others)
+
+    method.generate_from = watched  # type: ignore[method-assign]
+    batches = [batch_of(10 * number + rank, tied=False) for number in range(6)]
+    return {"end": everything(fit(method, batches, 8, strategy=UNUSED, devices=2), method), "seen": seen}
+
+
 def plain_ddp_of_two_players(rank: int) -> str:
     try:
         fit(two_players(), [parted(number, rank) for number in range(3)], 3, strategy="ddp", devices=2)
@@ -160,6 +182,7 @@ def all_scenarios(rank: int) -> dict[str, Any]:
     found["bad for ever"] = bad_for_ever_on_one_rank(rank)
     found["drawn"] = drawn(rank)
     found["distilled"] = distilled(rank)
+    found["score distilled"] = score_distilled(rank)
     found["plain ddp"] = plain_ddp_of_two_players(rank)
     return found
 
@@ -183,7 +206,7 @@ def ranks(tmp_path_factory):
     processes = [start(rank, port, folder) for rank in (0, 1)]
     try:
         for process in processes:
-            output = process.communicate(timeout=100)[0]
+            output = process.communicate(timeout=200)[0]
             assert process.returncode == 0, output[-4000:]
     finally:
         for process in processes:
@@ -243,6 +266,16 @@ def test_ranks_agree_on_every_weight_though_their_draws_differ(ranks):
     assert same(first, second) and of_part(first, "target")
     untrained = {f"student.{key}": value for key, value in small(dropout=0.2).state_dict().items()}
     assert closest(of_part(first, "student"), untrained) > 1e-3
+
+
+def test_ranks_leave_a_few_step_generator_at_the_same_time(ranks):
+    """Score distillation: another number of evaluations on one rank would have the others wait, or train other weights."""
+    first, second = (found["score distilled"] for found in ranks)
+    assert same(first["end"], second["end"])
+    (exits_1, noise_1), (exits_2, noise_2) = (zip(*found["seen"], strict=True) for found in (first, second))
+    assert exits_1 == exits_2 and set(exits_1) == {0, 1} and not set(noise_1) & set(noise_2)
+    untrained = {f"student.{key}": value for key, value in small(seed=3, num_classes=2).state_dict().items()}
+    assert closest(of_part(first["end"], "student"), untrained) > 1e-3
 
 
 def test_two_players_under_plain_ddp_end_with_advice(ranks):

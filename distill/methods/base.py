@@ -68,6 +68,10 @@ class Method(SampledModule, TrainedModule, ABC):
                 "null (and trainer.precision=bf16-mixed to compute in bfloat16), or to bfloat16."
             )
 
+    def drawn(self, rule: GuidanceRule | None) -> GuidanceRule | None:
+        """The rule of this batch, if there is one: its scale may be drawn."""
+        return None if rule is None else rule.drawn(self.device)
+
     def shared_names(self) -> set[str]:
         """The names under which parameters of the teacher itself appear: LoRA layers stand on them. They are not saved."""
         own = set() if self._teacher is None else {id(parameter) for parameter in self._teacher.module.parameters()}

@@ -129,7 +129,7 @@ class Consistency(Method):
         A teacher that reads a guidance scale itself, such as Flux dev, is given the scale and no rule besides.
         """
         if self.guidance_range is None:
-            return cond, cond, self.guidance
+            return cond, cond, self.drawn(self.guidance)
         if not cond:
             raise ValueError(f"guidance_range={self.guidance_range}: the data carries no condition; set it to null.")
         low, high = self.guidance_range

@@ -162,10 +162,10 @@ class ScoreDistillation(TwoPlayerMethod, ABC):
 
     def scores(self, x_t: Sample, t: Time, batch: Batch, call: Call = denoise) -> tuple[Sample, Any]:
         """``(X_phi, X_psi)`` at the same inputs, guided; the second is what ``call`` makes of the fake score."""
-        rule = None if self.guidance is None else self.guidance.drawn(x_t.device)
-        fake_rule = rule if self.fake_guidance == "teacher" else self.fake_guidance
+        rule = self.drawn(self.guidance)
+        fake_rule = rule if isinstance(self.fake_guidance, str) else self.drawn(self.fake_guidance)
         teacher = self.teacher if rule is None else rule(self.teacher, batch.null)
-        fake = self.fake if not isinstance(fake_rule, GuidanceRule) else fake_rule(self.fake, batch.null)
+        fake = self.fake if fake_rule is None else fake_rule(self.fake, batch.null)
         return self.view(teacher, x_t, t, batch.cond), self.view(fake, x_t, t, batch.cond, call)
 
     def view(self, denoiser: Denoiser, x_t: Sample, t: Time, cond: Cond, call: Call = denoise) -> Any:
@@ -180,7 +180,8 @@ class ScoreDistillation(TwoPlayerMethod, ABC):
         settings = self.fake_score
         x_t, t = self.noisy(x_g, settings.times)
         cond = drop_conditions(batch.cond, batch.null, settings.null_probability)
-        fake = self.fake if settings.guidance is None else settings.guidance(self.fake, batch.null)
+        rule = self.drawn(settings.guidance)
+        fake = self.fake if rule is None else rule(self.fake, batch.null)
         return self.weighted_error(evaluate("parameters", fake, x_t, t, cond), x_g, t)
 
     def weighted_error(self, x0: Sample, x_g: Sample, t: Time) -> Tensor:

@@ -3,10 +3,11 @@
     L = E sum_D (X_phi - X_psi) * [(X_phi - x_g) - a (X_phi - X_psi)] / mean|x_g - X_phi|
     X_phi = X_phi(x_t, t, c), X_psi = X_psi(x_t, t, c), x_t = alpha_t x_g + sigma_t eps,   all (b, *shape), t: (b,)
 
-The bracket is the Fisher divergence between the noisy laws of teacher and generator, rewritten by identities of the score so
-that its error in the fake score X_psi is of second order: a = 0 is the naive squared difference, which learns nothing useful,
-a = 1 the identity alone, a > 1 takes off some of the square. Both frozen networks are differentiated in their input. The
-divisor has no gradient, and cancels the level of noise (the paper's sigma^4 is what x0-views differ from scores by).
+If X_psi is the generator's own denoiser, the expectation is ``(1 - a) E |X_phi - X_psi|^2`` over the divisor. Its gradient is
+that of the Fisher divergence by way of X_psi, though X_psi's parameters are held, plus ``1 - a`` times that of the naive square
+by way of x_t: a = 1/2 is the whole Fisher divergence, a = 1 the path by X_psi alone, as in SIM, a > 1 takes off some of the
+other, which by itself learns nothing useful. Both frozen networks are differentiated in their input. The divisor has no
+gradient, and cancels the level of noise (the paper's sigma^4 is what x0-views differ from scores by).
 
 SiD-LSG is the same with guidance: the rules of teacher (kappa_4), of the fake score here (kappa_2 = kappa_3) and of the fake
 score in its own training (kappa_1) are settings of their own.

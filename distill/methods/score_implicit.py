@@ -2,10 +2,10 @@
 
     L = -E w(t) <d'(Y), X_psi(x_t, t, c) - x_g>,   Y = X_psi - X_phi,   x_t = alpha_t x_g + sigma_t eps,   all (b, *shape)
 
-has the gradient of E w(t) d(X_psi - X_phi) in the law of x_t, for any smooth distance d, if X_psi is the generator's own
-denoiser: the dependence of X_psi on the generator's parameters, which nobody knows, is traded for the residual. All of it
-stays in automatic differentiation: d' and both frozen networks are differentiated in the generator's sample. The paper's
-scores are ``alpha / sigma^2`` times these views, a factor of t that belongs to w and to d.
+has the gradient that ``E w(t) d(X_psi - X_phi)`` has by way of X_psi, the law of x_t held (the paper's p_sg(theta)), for any
+smooth distance d, if X_psi is the generator's own denoiser: how it depends on the generator's parameters, which nobody knows,
+is traded for the residual. All of it stays in automatic differentiation: d' and both frozen networks are differentiated in the
+generator's sample. The paper's scores are ``alpha / sigma^2`` times these views, a factor of t that belongs to w and to d.
 
 With d = |Y|^2 / 2 this is SiD (2404.04057) at alpha = 1 without its divisor; pseudo-Huber's d' = Y / sqrt(|Y|^2 + c^2) brings
 its own. c goes with the square root of the sample's size, since the norm is that of the whole sample.
