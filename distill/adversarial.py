@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from distill.denoiser import Denoiser
-from distill.discriminators import ConvolutionalDiscriminator, Discriminator, Head, discriminator_loss, generator_loss
+from distill.discriminators import (
+    ChannelMeanDiscriminator,
+    ConvolutionalDiscriminator,
+    Discriminator,
+    Head,
+    discriminator_loss,
+    generator_loss,
+)
 from distill.features import bottleneck_of, features_of
 from distill.gradients import Gradient, evaluate
 from distill.times import TimeDistribution
@@ -34,6 +41,9 @@ class Adversarial:
     generator_weight: float = 3e-3
     critic_weight: float = 1e-2
 
+    def __post_init__(self) -> None:
+        check_weights(self.generator_weight, self.critic_weight)
+
     def build_head(self, fake: Denoiser) -> Head:
         """A new head for the fake score's network. Raises ValueError if that has no inner features."""
         return self.discriminator.build(bottleneck_of(fake, self.discriminator.layer))
@@ -54,3 +64,37 @@ class Adversarial:
         t = self.times.sample(len(samples), fake.schedule, samples.device)
         x_t = fake.schedule.add_noise(samples, torch.randn_like(samples), t)
         return head(evaluate(gradient, fake, x_t, t, cond, partial(features_of, layer=self.discriminator.layer)))
+
+
+@dataclass
+class JointAdversarial:
+    """SiDA's discriminator (Zhou et al. 2410.14919), which looks where the scores are compared (`ScoreIdentity`).
+
+    Attributes:
+        discriminator: the features and the head.
+        generator_weight: gamma: 1e-4, the paper's 0.01 beside a loss multiplied by 100.
+        critic_weight: factor of the discriminator's loss: 1 for EDM networks, 100 for EDM2's.
+        start_step: generator's steps before its adversarial term counts (the paper: 100,000 images).
+    """
+
+    discriminator: Discriminator = field(default_factory=ChannelMeanDiscriminator)
+    generator_weight: float = 1e-4
+    critic_weight: float = 1.0
+    start_step: int = 0
+
+    def __post_init__(self) -> None:
+        check_weights(self.generator_weight, self.critic_weight)
+        if self.start_step < 0:
+            raise ValueError(f"start_step={self.start_step}: give 0 or more.")
+
+    def build_head(self, fake: Denoiser) -> Head:
+        """A new head for the fake score's network. Raises ValueError if that has no inner features."""
+        return self.discriminator.build(bottleneck_of(fake, self.discriminator.layer))
+
+
+def check_weights(generator_weight: float, critic_weight: float) -> None:
+    """Raises ValueError for factors that are not positive."""
+    if generator_weight <= 0 or critic_weight <= 0:
+        raise ValueError(
+            f"generator_weight={generator_weight}, critic_weight={critic_weight}: give positive factors, or adversarial: null."
+        )

@@ -195,7 +195,7 @@ class DistillCLI(LightningCLI):
             return class_type(*args, **kwargs)
         except (ValueError, OSError) as error:
             key = key_of(self.config.get(str(self.subcommand), self.config), class_type)
-            self.refuse(f"{key}{error}")
+            self.refuse(str(error) if str(error).startswith("model.") else f"{key}{error}")
 
     def refuse(self, message: str) -> NoReturn:
         """Ends with one line, or with the traceback under ``JSONARGPARSE_DEBUG``."""

@@ -41,7 +41,7 @@ class FDivergence(nn.Module):
 
     With ``decay``, ratios are first divided by their running mean at like times, for a discriminator that is off by a factor at
     some of them. The means start at 1 and take in a batch before it is divided by them, as in FastGen; its decay is 0.5 on
-    ImageNet-64, in 10 bins. Both means, that of h and the running one, are over this rank's batch alone.
+    ImageNet-64, in 10 bins. Both means take in this rank's batch alone (under DDP the running one goes on from rank 0's).
 
     Args:
         name: the divergence; ``reverse_kl`` weights all samples alike.

@@ -38,14 +38,15 @@ class FewStepSampler(Sampler):
         start: Literal["marginal", "prior"] = "marginal",
     ):
         if (times is None) == (sigmas is None):
-            raise ValueError(f"sampler.times={times} and sampler.sigmas={sigmas}: give one of the two.")
+            raise ValueError(f"times={times} and sigmas={sigmas}: give one of the two.")
         name, values = ("times", times) if sigmas is None else ("sigmas", sigmas)
         assert values is not None
         if not values or any(later >= earlier for earlier, later in zip(values, values[1:])):
-            raise ValueError(f"sampler.{name}={values}: give at least one, each lower than the one before.")
+            raise ValueError(f"{name}={values}: give at least one, each lower than the one before.")
         self.times = None if times is None else [float(time) for time in times]
         self.sigmas = None if sigmas is None else [float(sigma) for sigma in sigmas]
         self.start = start
+        self._placed: dict[str, list[float]] = {}
 
     def __len__(self) -> int:
         """Number of times: the most steps that a student can be sampled in."""
@@ -56,11 +57,17 @@ class FewStepSampler(Sampler):
         return {"times": self.times, "sigmas": self.sigmas, "start": self.start}
 
     def times_in(self, schedule: NoiseSchedule) -> list[float]:
-        """The times in a schedule.
+        """The times in a schedule, found once.
 
         Raises:
             ValueError: a time outside of it, or at its noiseless end.
         """
+        if (key := repr(schedule)) not in self._placed:
+            self._placed = {key: self._place(schedule)}
+        return self._placed[key]
+
+    def _place(self, schedule: NoiseSchedule) -> list[float]:
+        """`times_in`, computed."""
         if self.times is not None:
             times = self.times
         else:
@@ -94,7 +101,7 @@ class FewStepSampler(Sampler):
         self, denoiser: Denoiser, noise: Sample, cond: Cond, steps: int, fresh: FreshNoise = torch.randn_like
     ) -> Sample:
         if not 1 <= steps <= len(self):
-            raise ValueError(f"steps={steps}: this student was trained at {len(self)} times; give 1 to {len(self)} steps.")
+            raise ValueError(f"steps={steps}: this student was trained for {len(self)} of them at most; give no more.")
         x, t = self.simulate(denoiser, noise, cond, steps - 1, fresh)
         return denoiser(x, t, cond)
 

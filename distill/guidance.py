@@ -108,9 +108,15 @@ class RandomGuidance(GuidanceRule):
 
 
 def drop_conditions(cond: Cond, null: Cond, probability: float) -> Cond:
-    """``cond`` with rows replaced by those of ``null``, each sample's with ``probability``, all its conditions together."""
+    """``cond`` with rows replaced by those of ``null``, each sample's with ``probability``, all its conditions together.
+
+    Raises:
+        ValueError: conditions to drop, and no null conditions to put in their place.
+    """
     if not cond or probability == 0:
         return cond
+    if not null:
+        raise ValueError(f"null_probability={probability}: the data delivers no null conditions; set it to 0.")
     rows = next(iter(cond.values()))
     dropped = torch.rand(len(rows), device=rows.device) < probability
     return {key: torch.where(per_sample(dropped, value), null[key], value) for key, value in cond.items()}

@@ -129,8 +129,8 @@ class KarrasTimes(TimeDistribution):
 class IndexTimes(TimeDistribution):
     """Uniform over the whole numbers ``low, ..., high``, both included: the indices of a DDPM schedule.
 
-    SiD-LSG (Zhou et al. 2406.01561) trains its generator on 20 to 979 and its fake score on 0 to 999, DMD2 (Yin et al.
-    2405.14867) its generator on 20 to 980.
+    SiD-LSG (Zhou et al. 2406.01561) trains on 20 to 979, DMD2 (Yin et al. 2405.14867) its generator on 20 to 980 and its fake
+    score on 0 to 999.
 
     Args:
         low, high: ``0 <= low <= high``, at most the ``num_steps - 1`` of the schedule.

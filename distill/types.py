@@ -47,9 +47,12 @@ class Batch:
     encoded: bool = False
 
     def __len__(self) -> int:
-        """Samples in the batch."""
+        """Samples in the batch. Raises ValueError for one of nothing."""
         columns = [self.x0, self.noise, self.prompts, *self.cond.values()]
-        return next(len(column) for column in columns if column is not None)
+        sizes = [len(column) for column in columns if column is not None]
+        if not sizes:
+            raise ValueError("a batch without samples, noise, prompts or conditions has no size: deliver one of these.")
+        return sizes[0]
 
 
 @dataclass(frozen=True)

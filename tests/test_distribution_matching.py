@@ -279,14 +279,14 @@ def test_each_sample_is_weighed_by_its_density_ratio(monkeypatch, normalize):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"divergence": FDivergence("neyman")}, "model.divergence is set.*model.adversarial"),
+        ({"divergence": FDivergence("neyman")}, "divergence is set.*set adversarial"),
         (
             {
                 "divergence": FDivergence("neyman"),
                 "adversarial": Adversarial(UniformTimes()),
                 "fake_guidance": ClassifierFreeGuidance(2.0),
             },
-            "model.fake_guidance=.*model.divergence",
+            "fake_guidance=.*divergence",
         ),
         ({"adversarial": Adversarial(UniformTimes())}, "does not say where its inner features are read"),
     ],

@@ -93,10 +93,10 @@ def test_simulation_is_all_of_sampling_but_the_last_call(index: int):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "sampler.times=None and sampler.sigmas=None: give one"),
+        ({}, "times=None and sigmas=None: give one"),
         ({"times": [1.0], "sigmas": [2.5]}, "give one of the two"),
-        ({"times": []}, "sampler.times=.*: give at least one"),
-        ({"sigmas": [1.0, 1.0]}, "sampler.sigmas=.*each lower than the one before"),
+        ({"times": []}, "times=.*: give at least one"),
+        ({"sigmas": [1.0, 1.0]}, "sigmas=.*each lower than the one before"),
     ],
 )
 def test_settings_that_contradict_are_named(settings: Any, words: str):
@@ -120,5 +120,5 @@ def test_times_outside_of_the_schedule_are_named(settings: Any, words: str):
 
 
 def test_more_steps_than_trained_times_are_refused():
-    with pytest.raises(ValueError, match="steps=3: this student was trained at 2 times; give 1 to 2"):
+    with pytest.raises(ValueError, match="steps=3: this student was trained for 2 of them at most; give no more"):
         FewStepSampler(times=[0.9, 0.5])(gaussian(RectifiedFlow()), noise()[0], {}, 3)

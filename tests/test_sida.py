@@ -11,12 +11,13 @@ from scoring import Tapped, drawn
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from distill.adversarial import JointAdversarial
 from distill.evaluation import Evaluation
 from distill.features import features_of
 from distill.few_step import FewStepSampler
 from distill.guidance import ClassifierFreeGuidance
 from distill.methods.score_distillation import FakeScore, teacher_residual
-from distill.methods.score_identity import JointAdversarial, ScoreIdentity
+from distill.methods.score_identity import ScoreIdentity
 from distill.optimization import Optimization
 from distill.weights import PredictionWeight
 

@@ -12,6 +12,7 @@ from distill.codecs import DiffusersCodec
 from distill.export.pipelines import pipeline_name, write_pipeline
 from distill.export.schedulers import Scheduling
 from distill.export.sources import find_sources
+from distill.few_step import FewStepSampler
 from distill.pretrained import check_exportable, save_denoiser
 from distill.schedulers import make_scheduler
 
@@ -34,6 +35,10 @@ class ExportDenoiser(Callback):
         check_exportable(method.student)
         if method.generator(method.student) is not method.student:
             raise ValueError(f"ExportDenoiser: {type(method).__name__} wraps its student; leave the callback out.")
+        if isinstance(method.student_sampler, FewStepSampler):
+            raise ValueError(
+                "ExportDenoiser writes no trained times, and this student has some: leave it out, and run tools/export.py."
+            )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the folder on rank zero; also when a finished run is started again, which may have been cut before it."""

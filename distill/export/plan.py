@@ -113,6 +113,9 @@ def choose(network: Any, denoiser: NetworkDenoiser, tables: dict[int, Table], te
         name = CUSTOM_PIPELINE
     start = scheduling.scheduler.init_noise_sigma if scheduling.custom else 1.0
     if abs(start - 1) > UNIT and name not in SCALING:
-        raise ValueError(f"the student's first time is not pure noise (it starts from {start}), which {name} cannot do.")
+        raise ValueError(
+            f"the student's first time is not pure noise (it starts from {start}), which {name} cannot do: "
+            "train it with sampler.start=prior."
+        )
     lcm = type(scheduling.scheduler).__name__ == "LCMScheduler" and reads_guidance(network)
     return "LatentConsistencyModelPipeline" if lcm and name == "StableDiffusionPipeline" else name, scheduling

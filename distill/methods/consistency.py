@@ -118,6 +118,8 @@ class Consistency(Method):
             follower: Denoiser = self.student if self.target is None else self.target.module
             target = self.generator(follower)(x_u, u, cond)
             target = torch.where(per_sample(end, x0), x_u, target)
+        # Weights that autocast has cast without a graph would be taken again, without one (pytorch #112583).
+        torch.clear_autocast_cache()
         self.seed_draws("network")
         prediction = self.generator(self.student)(x_t, t, cond)
         distances = self.distance(prediction, target)

@@ -35,7 +35,7 @@ from distill.few_step import FewStepSampler
 from distill.gradients import Call, denoise
 from distill.guidance import GuidanceRule
 from distill.lora import LoRA
-from distill.methods.score_distillation import FakeScore, ScoreDistillation, teacher_residual
+from distill.methods.score_distillation import FakeScore, ScoreDistillation, check_laws, teacher_residual
 from distill.optimization import Optimization
 from distill.schedules import per_sample
 from distill.space import ModelSpace
@@ -82,23 +82,32 @@ class DistributionMatching(ScoreDistillation):
         space: ModelSpace | None = None,
     ):
         if divergence is not None and adversarial is None:
-            raise ValueError("model.divergence is set: a discriminator estimates its density ratio; set model.adversarial too.")
+            raise ValueError("divergence is set: a discriminator estimates its density ratio; set adversarial too.")
         if divergence is not None and fake_guidance is not None:
-            raise ValueError(
-                f"model.fake_guidance={fake_guidance} and model.divergence are set: a guided pair has no features; unset one."
-            )
+            raise ValueError(f"fake_guidance={fake_guidance} and divergence are set: a guided pair has no features; unset one.")
+        if regression is not None and len(sampler) > 1:
+            raise ValueError(f"regression is set with {len(sampler)} times of sampler: pairs are of one step; give one time.")
+        if shared_dropout and (fake_guidance != "teacher" and (guidance is not None or fake_guidance is not None)):
+            raise ValueError("shared_dropout=true: masks are of calls alike; set fake_guidance to teacher, or no guidance.")
+        if shared_dropout and fake_score.lora is not None and fake_score.lora.dropout > 0:
+            raise ValueError(f"shared_dropout=true with fake_score.lora.dropout={fake_score.lora.dropout}: set that to 0.")
         parts = (teacher, sampler, times, fake_score, optimization, evaluation)
         super().__init__(*parts, guidance, fake_guidance, student, lora, space)
         self.weight, self.normalize, self.shared_dropout = weight or ConstantWeight(), normalize, shared_dropout
         self.divergence, self.regression, self.regression_weight = divergence, regression, regression_weight
         self.adversarial = adversarial
         if adversarial is not None:
+            check_laws(teacher.schedule, {"adversarial.times": adversarial.times})
             self.critic["head"] = adversarial.build_head(self.fake)  # type: ignore[operator]
 
     @property
-    def head(self) -> nn.Module:
-        """The discriminator's."""
-        return self.critic["head"]  # type: ignore[index, return-value]
+    def reads_data(self) -> bool:  # type: ignore[override]
+        return self.adversarial is not None or self.regression is not None
+
+    def prepare(self, batch: Batch) -> Batch:
+        if self.regression is not None and (batch.noise is None or batch.x0 is None) and self.training:
+            raise ValueError("model.regression is set, but data delivers no pairs of noise and samples: set it to null.")
+        return super().prepare(batch)
 
     def losses(self, batch: Batch) -> Losses:
         x_g, paired = self.samples(batch)
@@ -117,8 +126,7 @@ class DistributionMatching(ScoreDistillation):
         """The generator's samples of fresh noise and, with a regression, of the batch's noise, in one evaluation."""
         if self.regression is None:
             return self.generate(batch, "parameters"), None
-        if batch.noise is None or batch.x0 is None:
-            raise ValueError("model.regression is set, but data delivers no pairs of noise and samples: set it to null.")
+        assert batch.noise is not None
         both = {key: torch.cat([value, value]) for key, value in batch.cond.items()}
         fresh = torch.randn_like(batch.noise)
         x_g, paired = self.generate_from(torch.cat([fresh, batch.noise]), both, "parameters").chunk(2)
@@ -154,9 +162,8 @@ class DistributionMatching(ScoreDistillation):
         denoising = self.denoising_loss(x_g, batch)
         if self.adversarial is None:
             return {"loss": denoising}
-        if batch.x0 is None:
-            raise ValueError("model.adversarial is set, but data delivers no samples to compare with: set it to null.")
-        adversarial = self.adversarial.critic_loss(self.fake, self.head, x_g, batch.x0, batch.cond)
+        x0 = self.real_samples(batch, "adversarial")
+        adversarial = self.adversarial.critic_loss(self.fake, self.head, x_g, x0, batch.cond)
         loss = denoising + self.adversarial.critic_weight * adversarial
         return {"loss": loss, "denoising": denoising, "adversarial": adversarial}
 

@@ -139,7 +139,8 @@ class SampledModule(LightningModule, ABC):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if not any(len(metrics) for metrics in self.metrics.values()):
             return
-        assert batch.x0 is not None
+        if batch.x0 is None:
+            raise ValueError("evaluation.metrics compare with data, but the validation batches carry none: set them to [].")
         real = self.to_pixels(batch.x0) if batch.encoded else batch.x0
         for steps, pixels in self.predict_step(batch, batch_idx).items():
             for name, metric in self.metrics[str(steps)].items():

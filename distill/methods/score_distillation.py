@@ -15,7 +15,7 @@ in checkpoints.
 from __future__ import annotations
 
 from abc import ABC
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -30,6 +30,7 @@ from distill.lora import LoRA, checkpoint_gradients, start_student
 from distill.methods.two_player import TwoPlayerMethod
 from distill.optimization import Optimization, PlayerOptimization
 from distill.samplers import Sampler
+from distill.schedules import NoiseSchedule
 from distill.space import ModelSpace
 from distill.times import TimeDistribution
 from distill.types import Batch, Cond, Losses, Sample, Time
@@ -62,9 +63,11 @@ class FakeScore:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"fake_score.steps={self.steps}: give at least 1.")
+            raise ValueError(f"steps={self.steps}: give at least 1.")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps={self.warmup_steps}: give 0 or more.")
         if not 0 <= self.null_probability < 1:
-            raise ValueError(f"fake_score.null_probability={self.null_probability}: give a share in [0, 1).")
+            raise ValueError(f"null_probability={self.null_probability}: give a share in [0, 1).")
 
 
 class ScoreDistillation(TwoPlayerMethod, ABC):
@@ -89,6 +92,10 @@ class ScoreDistillation(TwoPlayerMethod, ABC):
     teacher_gradient: Gradient = "none"
     """What the generator's loss differentiates the two frozen networks in."""
 
+    critic_key = "fake_score.optimization"
+    reads_data = False
+    """Whether any loss reads ``batch.x0``: where none does, pixels are not encoded."""
+
     def __init__(
         self,
         teacher: Denoiser,
@@ -103,13 +110,13 @@ class ScoreDistillation(TwoPlayerMethod, ABC):
         lora: LoRA | None = None,
         space: ModelSpace | None = None,
     ):
-        if student is not None and lora is not None:
-            raise ValueError(f"model.student and model.lora={lora} are both set: LoRA stands on the teacher; set one only.")
-        if evaluation.sampler is not None:
-            raise ValueError("evaluation.sampler is set: the student is sampled by model.sampler; leave it out.")
-        if max(evaluation.steps) > len(sampler):
-            raise ValueError(f"evaluation.steps={evaluation.steps}: model.sampler has {len(sampler)} times; give no more.")
-        sampler.times_in(teacher.schedule)
+        check_student(teacher, student, lora)
+        check_sampling(teacher, sampler, evaluation)
+        check_laws(teacher.schedule, {"times": times, "fake_score.times": fake_score.times})
+        if fake_guidance == "teacher" and guidance is None:
+            raise ValueError("fake_guidance='teacher' and guidance=null: there is no rule to share; set both, or neither.")
+        if (share := fake_score.null_probability) and teacher.num_classes is not None and not teacher.null_class:
+            raise ValueError(f"fake_score.null_probability={share}: the network has no null class; set it to 0.")
         student = start_student(teacher, lora) if student is None else student
         critic = nn.ModuleDict({"score": start_student(teacher, fake_score.lora)})
         players, turns = (optimization, fake_score.optimization), (fake_score.steps, fake_score.warmup_steps)
@@ -124,8 +131,16 @@ class ScoreDistillation(TwoPlayerMethod, ABC):
         return self.critic["score"]  # type: ignore[index, return-value]
 
     @property
+    def head(self) -> nn.Module:
+        """The discriminator's, of methods that have one."""
+        return self.critic["head"]  # type: ignore[index, return-value]
+
+    @property
     def student_sampler(self) -> Sampler:
         return self.sampler
+
+    def prepare(self, batch: Batch) -> Batch:
+        return super().prepare(batch if self.reads_data else replace(batch, encoded=True))
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -143,9 +158,17 @@ class ScoreDistillation(TwoPlayerMethod, ABC):
         return self.generate_from(noise, batch.cond, gradient)
 
     def generate_from(self, noise: Sample, cond: Cond, gradient: Gradient) -> Sample:
-        """The same from unit ``noise``; only the last of its steps is differentiated."""
-        with torch.no_grad():
-            x, t = self.sampler.simulate(self.student, noise, cond, self.exit_index())
+        """The same from unit ``noise``; only the last of its steps is differentiated, the others are taken as in sampling."""
+        if (index := self.exit_index()) > 0:
+            training = self.student.training
+            self.student.eval()
+            with torch.no_grad():
+                x, t = self.sampler.simulate(self.student, noise, cond, index)
+            self.student.train(training)
+            # Weights that autocast has cast without a graph would be taken again, without one (pytorch #112583).
+            torch.clear_autocast_cache()
+        else:
+            x, t = self.sampler.simulate(self.student, noise, cond, index)
         return evaluate(gradient, self.student, x, t, cond)
 
     def exit_index(self) -> int:
@@ -171,6 +194,13 @@ class ScoreDistillation(TwoPlayerMethod, ABC):
     def view(self, denoiser: Denoiser, x_t: Sample, t: Time, cond: Cond, call: Call = denoise) -> Any:
         """One of the two frozen networks in the generator's loss."""
         return evaluate(self.teacher_gradient, denoiser, x_t, t, cond, call)
+
+    @staticmethod
+    def real_samples(batch: Batch, key: str) -> Sample:
+        """The batch's data. Raises ValueError, naming the setting that needs it, if there is none."""
+        if batch.x0 is None:
+            raise ValueError(f"model.{key} is set, but data delivers no samples to compare with: set it to null.")
+        return batch.x0
 
     def critic_losses(self, batch: Batch) -> Losses:
         return {"loss": self.denoising_loss(self.generate(batch, "none"), batch)}
@@ -211,3 +241,30 @@ def teacher_residual(x_g: Sample, x_phi: Sample) -> Tensor:
     What SiD's and DMD's losses are divided by (2404.04057, section 3.3; 2311.18828, equation 8).
     """
     return (x_g - x_phi).detach().abs().flatten(1).mean(1).clamp(min=1e-5)
+
+
+def check_student(teacher: Denoiser, student: Denoiser | None, lora: LoRA | None) -> None:
+    """Raises ValueError for a student of its own that is also to be LoRA layers, or on another schedule than the teacher."""
+    if student is not None and lora is not None:
+        raise ValueError(f"model.student and model.lora={lora} are both set: LoRA stands on the teacher; set one only.")
+    if student is not None and not student.schedule.same_as(teacher.schedule):
+        raise ValueError(f"model.student's schedule is {student.schedule}, the teacher's {teacher.schedule}: give the same.")
+
+
+def check_sampling(teacher: Denoiser, sampler: FewStepSampler, evaluation: Evaluation) -> None:
+    """Raises ValueError for times outside of the schedule, and an evaluation at others than those of the sampler."""
+    if evaluation.sampler is not None:
+        raise ValueError("evaluation.sampler is set: the student is sampled by model.sampler; leave it out.")
+    if max(evaluation.steps) > len(sampler):
+        raise ValueError(f"evaluation.steps={evaluation.steps}: model.sampler has {len(sampler)} times; give no more.")
+    sampler.times_in(teacher.schedule)
+
+
+def check_laws(schedule: NoiseSchedule, laws: dict[str, TimeDistribution]) -> None:
+    """Draws one time of each law, so that one that does not know the schedule is refused before any work is done."""
+    with torch.random.fork_rng(devices=[]):
+        for key, law in laws.items():
+            try:
+                law.sample(1, schedule)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error

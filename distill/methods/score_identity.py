@@ -19,18 +19,18 @@ score's loss gains ``w(t) [softplus(-d(real)) + softplus(d(x_g))] / 2D``, data w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import softplus
 
+from distill.adversarial import JointAdversarial
 from distill.denoiser import Denoiser
-from distill.discriminators import LOGIT_BOUND, ChannelMeanDiscriminator, Discriminator, discriminator_loss
+from distill.discriminators import LOGIT_BOUND, discriminator_loss
 from distill.evaluation import Evaluation
-from distill.features import bottleneck_of, denoise_with_features, features_of
+from distill.features import denoise_with_features, features_of
 from distill.few_step import FewStepSampler
 from distill.gradients import Call, evaluate
 from distill.guidance import GuidanceRule
@@ -40,23 +40,6 @@ from distill.optimization import Optimization
 from distill.space import ModelSpace
 from distill.times import TimeDistribution
 from distill.types import Batch, Losses, PerSample
-
-
-@dataclass
-class JointAdversarial:
-    """SiDA's discriminator, which looks where the scores are compared.
-
-    Attributes:
-        discriminator: the features and the head.
-        generator_weight: gamma: 1e-4, the paper's 0.01 beside a loss multiplied by 100.
-        critic_weight: factor of the discriminator's loss: 1 for EDM networks, 100 for EDM2's.
-        start_step: generator's steps before its adversarial term counts (the paper: 100,000 images).
-    """
-
-    discriminator: Discriminator = field(default_factory=ChannelMeanDiscriminator)
-    generator_weight: float = 1e-4
-    critic_weight: float = 1.0
-    start_step: int = 0
 
 
 class ScoreIdentity(ScoreDistillation):
@@ -89,20 +72,18 @@ class ScoreIdentity(ScoreDistillation):
     ):
         if adversarial is not None and (fake_guidance is not None or fake_score.guidance is not None):
             raise ValueError(
-                f"model.adversarial is set with fake_guidance={fake_guidance} and fake_score.guidance={fake_score.guidance}: "
+                f"adversarial is set with fake_guidance={fake_guidance} and fake_score.guidance={fake_score.guidance}: "
                 "a guided pair has no features; set both to null."
             )
         parts = (teacher, sampler, times, fake_score, optimization, evaluation)
         super().__init__(*parts, guidance, fake_guidance, student, lora, space)
         self.alpha, self.adversarial = alpha, adversarial
         if adversarial is not None:
-            reader = adversarial.discriminator
-            self.critic["head"] = reader.build(bottleneck_of(self.fake, reader.layer))  # type: ignore[operator]
+            self.critic["head"] = adversarial.build_head(self.fake)  # type: ignore[operator]
 
     @property
-    def head(self) -> nn.Module:
-        """The discriminator's."""
-        return self.critic["head"]  # type: ignore[index, return-value]
+    def reads_data(self) -> bool:  # type: ignore[override]
+        return self.adversarial is not None
 
     def losses(self, batch: Batch) -> Losses:
         x_g = self.generate(batch, "parameters")
@@ -125,14 +106,13 @@ class ScoreIdentity(ScoreDistillation):
     def critic_losses(self, batch: Batch) -> Losses:
         if self.adversarial is None:
             return super().critic_losses(batch)
-        if batch.x0 is None:
-            raise ValueError("model.adversarial is set, but data delivers no samples to compare with: set it to null.")
+        data = self.real_samples(batch, "adversarial")
         x_g, schedule = self.generate(batch, "none"), self.student.schedule
         t, eps = self.fake_score.times.sample(len(x_g), schedule, x_g.device), torch.randn_like(x_g)
         noisy = schedule.add_noise(x_g, eps, t)
         x0, generated = evaluate("parameters", self.fake, noisy, t, batch.cond, self.tapped(self.adversarial))
         reader = partial(features_of, layer=self.adversarial.discriminator.layer)
-        real = evaluate("parameters", self.fake, schedule.add_noise(batch.x0, eps, t), t, batch.cond, reader)
+        real = evaluate("parameters", self.fake, schedule.add_noise(data, eps, t), t, batch.cond, reader)
         denoising = self.weighted_error(x0, x_g, t)
         adversarial = discriminator_loss(self.head(real), self.head(generated))
         factor = self.adversarial.critic_weight * self.fake_score.weight(schedule, t, t).mean() / (2 * x_g[0].numel())

@@ -87,6 +87,7 @@ class TrainedModule(LightningModule, ABC):
         self.skipped = SkippedSteps(optimization.max_skipped)
         self.batches_seen = 0
         self._accumulated_bad: Tensor | None = None
+        self._players: list[Player] = []
 
     @abstractmethod
     def losses(self, batch: Batch) -> Losses:
@@ -120,7 +121,8 @@ class TrainedModule(LightningModule, ABC):
         return step
 
     def configure_optimizers(self) -> list[Optimizer]:
-        self._players = self.players()
+        # Kept for the next run of the same method: after one that failed, some parameters require no gradients.
+        self._players = self._players or self.players()
         self._check_players()
         optimizers = [player.optimization.optimizer(player.parameters) for player in self._players]
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):

@@ -31,6 +31,9 @@ class TwoPlayerMethod(Method, ABC):
         others: of `Method`.
     """
 
+    critic_key = "critic_optimization"
+    """How a recipe names the settings of the critic's optimisation."""
+
     def __init__(
         self,
         student: Denoiser,
@@ -52,7 +55,7 @@ class TwoPlayerMethod(Method, ABC):
         self.critic, self.critic_optimization = critic, critic_optimization
         self.critic_steps, self.critic_warmup = critic_steps, critic_warmup
         if critic_optimization.gradient_checkpointing:
-            checkpoint_gradients(critic, "critic_optimization")
+            checkpoint_gradients(critic, self.critic_key)
 
     @abstractmethod
     def critic_losses(self, batch: Batch) -> Losses:
