@@ -27,7 +27,8 @@ from distill.ema import DecayAveraging
 from distill.evaluation import Evaluation
 from distill.few_step import FewStepSampler
 from distill.methods import score_distillation
-from distill.methods.score_distillation import FakeScore, ScoreDistillation
+from distill.methods.fake_score import FakeScore
+from distill.methods.score_distillation import ScoreDistillation
 from distill.networks.bottleneck import Bottleneck
 from distill.optimization import Optimization
 from distill.schedules import NoiseSchedule, RectifiedFlow, VarianceExploding, VariancePreserving, per_sample

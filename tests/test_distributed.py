@@ -42,7 +42,7 @@ from distill.grids import ConstantPoints, UniformGrid
 from distill.methods.base import Method
 from distill.methods.consistency import Consistency
 from distill.methods.denoising import DenoisingTraining
-from distill.methods.score_distillation import FakeScore
+from distill.methods.fake_score import FakeScore
 from distill.methods.score_identity import ScoreIdentity
 from distill.optimization import Optimization, PlayerOptimization
 from distill.pairs import GridPairs

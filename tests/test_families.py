@@ -24,7 +24,8 @@ from distill.guidance import ClassifierFreeGuidance
 from distill.lora import LoRA
 from distill.methods.consistency import Consistency
 from distill.methods.distribution_matching import DistributionMatching
-from distill.methods.score_distillation import FakeScore, ScoreDistillation
+from distill.methods.fake_score import FakeScore
+from distill.methods.score_distillation import ScoreDistillation
 from distill.methods.score_identity import ScoreIdentity
 from distill.methods.score_implicit import ScoreImplicit
 from distill.optimization import Optimization, PlayerOptimization
@@ -94,20 +95,20 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 
 
 SCORE_METHODS: dict[str, Any] = {
-    "sid": partial(ScoreIdentity, alpha=1.2, fake_guidance="teacher"),
+    "sid": partial(ScoreIdentity, alpha=1.2),
     "sim": partial(ScoreImplicit, distance=PseudoHuber(0.1)),
     # The maps of small samples are smaller than the network's own: 4x4, or 8x8 where a place is not a patch.
     "dmd2": partial(
         DistributionMatching, adversarial=Adversarial(UniformTimes(), ConvolutionalDiscriminator(size=(4, 4)))
     ),
-    "vsd": partial(DistributionMatching, weight=VariationalScoreWeight(), normalize=False, fake_guidance="teacher"),
+    "vsd": partial(DistributionMatching, weight=VariationalScoreWeight(), normalize=False),
 }
 CHECKPOINTED = [("sd15", "dmd2"), ("sd15", "sid"), ("sd3", "dmd2")]
 """Families and methods whose players, and SiD's teacher, compute activations again in the backward pass too."""
 
 
 def score_method(kind: str, teacher: PretrainedDenoiser, guided: bool, checkpointing: bool = False) -> ScoreDistillation:
-    """Two trained times; VSD's fake score is LoRA layers on the teacher's weights."""
+    """Two trained times; VSD's fake score is LoRA layers on the teacher's weights; SiD and VSD guide it as the teacher is."""
     fake = PlayerOptimization(adam, gradient_checkpointing=checkpointing)
     times, lora = UniformTimes(0.02, 0.98), LoRA(2) if kind == "vsd" else None
     return SCORE_METHODS[kind](
@@ -118,6 +119,7 @@ def score_method(kind: str, teacher: PretrainedDenoiser, guided: bool, checkpoin
         optimization=Optimization(adam, averaging=DecayAveraging(0.5), gradient_checkpointing=checkpointing),
         evaluation=Evaluation(steps=[1, 2]),
         guidance=ClassifierFreeGuidance(2.0) if guided else None,
+        fake_guidance="teacher" if guided and kind in ("sid", "vsd") else None,
     )
 
 

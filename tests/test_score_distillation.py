@@ -29,7 +29,8 @@ from distill.guidance import ClassifierFreeGuidance, RandomGuidance
 from distill.lora import LoRA
 from distill.methods.base import Method
 from distill.methods.distribution_matching import DistributionMatching
-from distill.methods.score_distillation import FakeScore, ScoreDistillation
+from distill.methods.fake_score import FakeScore
+from distill.methods.score_distillation import ScoreDistillation
 from distill.methods.score_identity import ScoreIdentity
 from distill.methods.score_implicit import ScoreImplicit
 from distill.networks.unet2d import UNet2D

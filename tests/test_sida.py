@@ -16,7 +16,8 @@ from distill.evaluation import Evaluation
 from distill.features import features_of
 from distill.few_step import FewStepSampler
 from distill.guidance import ClassifierFreeGuidance
-from distill.methods.score_distillation import FakeScore, teacher_residual
+from distill.methods.fake_score import FakeScore
+from distill.methods.score_distillation import teacher_residual
 from distill.methods.score_identity import ScoreIdentity
 from distill.optimization import Optimization
 from distill.weights import PredictionWeight

@@ -36,7 +36,7 @@ from distill.grids import ConstantPoints, UniformGrid
 from distill.methods.base import Method
 from distill.methods.consistency import Consistency
 from distill.methods.distribution_matching import DistributionMatching
-from distill.methods.score_distillation import FakeScore
+from distill.methods.fake_score import FakeScore
 from distill.methods.score_identity import ScoreIdentity
 from distill.networks.unet2d import UNet2D
 from distill.optimization import Optimization

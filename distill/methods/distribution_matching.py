@@ -35,7 +35,8 @@ from distill.few_step import FewStepSampler
 from distill.gradients import Call, denoise
 from distill.guidance import GuidanceRule
 from distill.lora import LoRA
-from distill.methods.score_distillation import FakeScore, ScoreDistillation, check_laws, teacher_residual
+from distill.methods.fake_score import FakeScore, check_laws
+from distill.methods.score_distillation import ScoreDistillation, teacher_residual
 from distill.optimization import Optimization
 from distill.schedules import per_sample
 from distill.space import ModelSpace

@@ -35,7 +35,8 @@ from distill.few_step import FewStepSampler
 from distill.gradients import Call, evaluate
 from distill.guidance import GuidanceRule
 from distill.lora import LoRA
-from distill.methods.score_distillation import FakeScore, ScoreDistillation, teacher_residual
+from distill.methods.fake_score import FakeScore
+from distill.methods.score_distillation import ScoreDistillation, teacher_residual
 from distill.optimization import Optimization
 from distill.space import ModelSpace
 from distill.times import TimeDistribution

@@ -21,7 +21,8 @@ from distill.evaluation import Evaluation
 from distill.few_step import FewStepSampler
 from distill.guidance import GuidanceRule
 from distill.lora import LoRA
-from distill.methods.score_distillation import FakeScore, ScoreDistillation
+from distill.methods.fake_score import FakeScore
+from distill.methods.score_distillation import ScoreDistillation
 from distill.optimization import Optimization
 from distill.space import ModelSpace
 from distill.times import TimeDistribution
