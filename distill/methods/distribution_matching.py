@@ -106,9 +106,15 @@ class DistributionMatching(ScoreDistillation):
         return self.adversarial is not None or self.regression is not None
 
     def prepare(self, batch: Batch) -> Batch:
-        if self.regression is not None and (batch.noise is None or batch.x0 is None) and self.training:
-            raise ValueError("model.regression is set, but data delivers no pairs of noise and samples: set it to null.")
+        if self.training and self.regression is not None:
+            self.check_pairs(batch)  # in the fake score's turns too, which come first
         return super().prepare(batch)
+
+    @staticmethod
+    def check_pairs(batch: Batch) -> None:
+        """Raises ValueError for a batch that is not of noise and the teacher's samples of it."""
+        if batch.noise is None or batch.x0 is None:
+            raise ValueError("model.regression is set, but data delivers no pairs of noise and samples: set it to null.")
 
     def losses(self, batch: Batch) -> Losses:
         x_g, paired = self.samples(batch)
@@ -127,6 +133,7 @@ class DistributionMatching(ScoreDistillation):
         """The generator's samples of fresh noise and, with a regression, of the batch's noise, in one evaluation."""
         if self.regression is None:
             return self.generate(batch, "parameters"), None
+        self.check_pairs(batch)
         assert batch.noise is not None
         both = {key: torch.cat([value, value]) for key, value in batch.cond.items()}
         fresh = torch.randn_like(batch.noise)
