@@ -66,6 +66,8 @@ class DataSpec:
         widths: size of the last dimension of each condition that is delivered encoded, e.g. ``{"prompt_embeds": 768}``.
         codec: sha256 of the codec that the delivered latents were made by, or None for pixels.
         conditioner: sha256 of the conditioner that the delivered conditions were made by, or None.
+        paired: whether batches carry the noise that ``x0`` belongs to.
+        teacher: sha256 of the teacher whose pairs these are, or None.
     """
 
     shape: tuple[int, ...]
@@ -74,6 +76,8 @@ class DataSpec:
     widths: dict[str, int] = field(default_factory=dict)
     codec: str | None = None
     conditioner: str | None = None
+    paired: bool = False
+    teacher: str | None = None
 
 
 def label_conditions(labels: Labels, num_classes: int) -> tuple[Cond, Cond]:

@@ -36,9 +36,9 @@ from distill.grids import ConstantPoints, UniformGrid
 from distill.guidance import ClassifierFreeGuidance
 from distill.methods.base import Method
 from distill.methods.consistency import Consistency
+from distill.noise import SeededNoise
 from distill.optimization import Optimization
 from distill.pairs import GridPairs
-from distill.samplers import SeededNoise
 from distill.solvers import DDIM
 from distill.times import UniformTimes
 from distill.types import Cond, DataSpec, label_conditions

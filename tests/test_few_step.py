@@ -14,7 +14,8 @@ from torch import Tensor
 from distill.denoiser import Denoiser
 from distill.few_step import FewStepSampler
 from distill.grids import UniformGrid
-from distill.samplers import RenoiseSampler, SeededNoise
+from distill.noise import SeededNoise
+from distill.samplers import RenoiseSampler
 from distill.schedules import RectifiedFlow, VariancePreserving
 
 

@@ -9,7 +9,8 @@ from oracle import MLP, SCHEDULES, Gaussian, GaussianConsistency, Mixture
 from distill.boundary import ConsistencyFunction, KarrasBoundary, ScaledBoundary
 from distill.denoiser import Denoiser, NetworkDenoiser
 from distill.grids import DiscreteGrid, KarrasGrid, UniformGrid
-from distill.samplers import JumpSampler, OdeSampler, RenoiseSampler, SeededNoise
+from distill.noise import SeededNoise
+from distill.samplers import JumpSampler, OdeSampler, RenoiseSampler
 from distill.schedules import RectifiedFlow, VarianceExploding, VariancePreserving
 from distill.solvers import DDIM, DPMSolver2M, Euler, Heun
 from distill.types import label_conditions

@@ -82,7 +82,7 @@ class TeacherSource:
 
     def draw(self, arguments: argparse.Namespace, indices: range, ready: Batch) -> Tensor:
         from distill.guidance import guided
-        from distill.samplers import SeededNoise
+        from distill.noise import SeededNoise
 
         noise = SeededNoise(arguments.seed, indices, self.shape)
         unit, denoiser, cond = noise.draw(torch.device(arguments.device)), self.denoiser, ready.cond

@@ -16,7 +16,8 @@ from distill.ema import EMA
 from distill.evaluation import Evaluation
 from distill.frozen import Frozen
 from distill.guidance import GuidanceRule, guided
-from distill.samplers import Sampler, SeededNoise
+from distill.noise import SeededNoise
+from distill.samplers import Sampler
 from distill.space import ModelSpace, check_fit
 from distill.types import Batch, Cond, DataSpec, Sample
 
