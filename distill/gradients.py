@@ -40,12 +40,11 @@ def evaluate(
         denoiser, x, t, cond: see `Denoiser.forward`.
         call: what is computed, x0 by default.
     """
-    seen = x if gradient in ("input", "both") else x.detach()
+    if gradient == "input":
+        with torch.enable_grad(), frozen_parameters(denoiser):
+            return call(denoiser, x, t, cond)
     with torch.set_grad_enabled(gradient != "none"):
-        if gradient == "input":
-            with frozen_parameters(denoiser):
-                return call(denoiser, seen, t, cond)
-        return call(denoiser, seen, t, cond)
+        return call(denoiser, x if gradient == "both" else x.detach(), t, cond)
 
 
 @contextmanager

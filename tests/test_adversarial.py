@@ -13,7 +13,7 @@ from torch.nn.functional import softplus
 
 from distill.adversarial import Adversarial
 from distill.denoiser import NetworkDenoiser
-from distill.discriminators import ChannelMeanDiscriminator, ConvolutionalDiscriminator
+from distill.discriminators import ChannelMeanDiscriminator
 from distill.networks.bottleneck import Bottleneck
 from distill.networks.families import FAMILIES as WRAPPERS
 from distill.schedules import NoiseSchedule, VariancePreserving
@@ -42,7 +42,7 @@ class Slope(nn.Module):
 
 def linear(schedule: NoiseSchedule, *times: float) -> tuple[Adversarial, NetworkDenoiser, nn.Module]:
     """A discriminator whose logit is ``slope mean(x_t)``, the network under it, and its head."""
-    adversarial = Adversarial(Listed(*times), ChannelMeanDiscriminator())
+    adversarial = Adversarial(Listed(*times), discriminator=ChannelMeanDiscriminator())
     fake = NetworkDenoiser(Slope(), schedule, "x0")
     return adversarial, fake, adversarial.build_head(fake)
 
@@ -121,7 +121,7 @@ def test_steps_of_both_players_lower_their_losses(name):
     """DMD2's head on a network of diffusers, for the same draws."""
     tiny = FAMILIES[name]
     fake = NetworkDenoiser(WRAPPERS[tiny.model_class].of(tiny.model()), VariancePreserving(), "eps").train()
-    adversarial = Adversarial(UniformTimes(0.2, 0.4), ConvolutionalDiscriminator())
+    adversarial = Adversarial(UniformTimes(0.2, 0.4))
     head, cond = adversarial.build_head(fake), tiny.cond(4)[0]
     x_g, x0 = (torch.randn(4, tiny.channels, tiny.size, tiny.size) for _ in range(2))
 

@@ -237,13 +237,6 @@ def test_adversarial_terms_have_their_factors():
     torch.testing.assert_close(losses["loss"], denoising + 0.7 * expected)
 
 
-def test_a_discriminator_needs_data():
-    method, batch = game(), batch_of(0, 6)
-    batch.x0 = None
-    with returning(method, torch.zeros(6, 2, 1, 1).double()), pytest.raises(ValueError, match="model.adversarial is set.*null"):
-        method.critic_losses(batch)
-
-
 class Weighed(FDivergence):
     """Keeps what it was given."""
 
@@ -274,26 +267,6 @@ def test_each_sample_is_weighed_by_its_density_ratio(monkeypatch, normalize):
     h = ratio / (1 + ratio)
     torch.testing.assert_close(found, (h / h.mean()).reshape(-1, 1, 1, 1) * directions[0])
     assert not found.requires_grad
-
-
-@pytest.mark.parametrize(
-    "settings, words",
-    [
-        ({"divergence": FDivergence("neyman")}, "divergence is set.*set adversarial"),
-        (
-            {
-                "divergence": FDivergence("neyman"),
-                "adversarial": Adversarial(UniformTimes()),
-                "fake_guidance": ClassifierFreeGuidance(2.0),
-            },
-            "fake_guidance=.*divergence",
-        ),
-        ({"adversarial": Adversarial(UniformTimes())}, "does not say where its inner features are read"),
-    ],
-)
-def test_contradictions_are_refused(settings, words):
-    with pytest.raises(ValueError, match=words):
-        DistributionMatching(**SETTINGS["rf"].parts(small()), **settings)
 
 
 # ------------------------------------------------------------------------------------------------------------ learning

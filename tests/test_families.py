@@ -99,7 +99,7 @@ SCORE_METHODS: dict[str, Any] = {
     "sim": partial(ScoreImplicit, distance=PseudoHuber(0.1)),
     # The maps of small samples are smaller than the network's own: 4x4, or 8x8 where a place is not a patch.
     "dmd2": partial(
-        DistributionMatching, adversarial=Adversarial(UniformTimes(), ConvolutionalDiscriminator(size=(4, 4)))
+        DistributionMatching, adversarial=Adversarial(UniformTimes(), discriminator=ConvolutionalDiscriminator(size=(4, 4)))
     ),
     "vsd": partial(DistributionMatching, weight=VariationalScoreWeight(), normalize=False),
 }

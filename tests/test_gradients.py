@@ -44,8 +44,8 @@ def test_gradients_are_those_of_the_plain_call(mode: Any):
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-@pytest.mark.parametrize(("mode", "kept"), [("none", 0), ("input", 1), ("parameters", 2), ("both", 3)])
-def test_no_more_is_kept_for_the_backward_pass_than_the_mode_needs(mode: Any, kept: int):
+@pytest.mark.parametrize("mode", MODES)
+def test_no_more_is_kept_for_the_backward_pass_than_the_mode_needs(mode: Any):
     """A product of input and parameter keeps for each of the two gradients the other factor."""
 
     class Product(Denoiser):
@@ -60,8 +60,8 @@ def test_no_more_is_kept_for_the_backward_pass_than_the_mode_needs(mode: Any, ke
     denoiser, (x, t) = Product(), inputs()
     with torch.autograd.graph.saved_tensors_hooks(lambda value: saved.append(value) or value, lambda value: value):
         evaluate(mode, denoiser, x, t, {})
-    factor, sample = (any(value.shape == shape for value in saved) for shape in ((), x.shape))
-    assert (factor, sample) == {0: (False, False), 1: (True, False), 2: (False, True), 3: (True, True)}[kept]
+    sample, factor = (any(value.shape == shape for value in saved) for shape in (x.shape, ()))
+    assert (sample, factor) == MODES[mode]
 
 
 def test_a_call_that_fails_leaves_parameters_as_they_were():

@@ -1,32 +1,27 @@
-"""Settings and data of score distillation that contradict each other are refused, before any work is done."""
+"""Settings of score distillation that contradict each other are refused, before any work is done."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from helpers import fit, small, trainer
-from pytorch_lightning import Callback
-from test_score_distillation import BATCHES, ROWS, SHAPE, batch, method, teacher
-from torch import nn
+from helpers import fit, same, small
+from score_methods import BATCHES, CFG, KINDS, method, teacher
 
 from distill.adversarial import Adversarial, JointAdversarial
-from distill.callbacks.export import ExportDenoiser
-from distill.codecs import IdentityCodec
 from distill.denoiser import NetworkDenoiser
 from distill.distances import SquaredDistance
+from distill.divergences import FDivergence
 from distill.evaluation import Evaluation
-from distill.guidance import ClassifierFreeGuidance
+from distill.grids import UniformGrid
 from distill.lora import LoRA
 from distill.networks.unet2d import UNet2D
-from distill.optimization import PlayerOptimization
+from distill.optimization import Optimization, PlayerOptimization
+from distill.samplers import RenoiseSampler
 from distill.schedules import RectifiedFlow, VariancePreserving
-from distill.space import ModelSpace
 from distill.times import IndexTimes, UniformTimes
-from distill.types import Batch, label_conditions
-
-CFG = ClassifierFreeGuidance(2.0)
 
 
 def without_null_class() -> NetworkDenoiser:
@@ -40,15 +35,46 @@ def on_another_schedule() -> NetworkDenoiser:
     return student
 
 
+SMALL = small(num_classes=2)
+CHECKPOINTING = PlayerOptimization(gradient_checkpointing=True)
+ONLY_DIFFUSERS = "optimization.gradient_checkpointing=true: only networks of diffusers can; set it to false"
+F_DIVERGENCE = FDivergence("forward_kl")
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"student": on_another_schedule()}, "model.student's schedule is VariancePreserving.*the teacher's RectifiedFlow"),
-        ({"teacher": without_null_class(), "fake": {"null_probability": 0.5}}, "fake_score.null_probability=0.5.*null class"),
+        (
+            {"evaluation": Evaluation(RenoiseSampler(UniformGrid()), steps=[1])},
+            "evaluation.sampler is set: the student is sampled by model.sampler; leave it out",
+        ),
+        (
+            {"evaluation": Evaluation(steps=[1, 2])},
+            r"evaluation.steps=\[1, 2\]: model.sampler has 1 times; give no more",
+        ),
+        ({"times": (1.5,)}, r"sampler.times=\[1.5\]: give times above 0.0 and up to 1.0"),
+        ({"fake": {"steps": 0}}, "steps=0: give at least 1"),
         ({"fake": {"warmup_steps": -1}}, "warmup_steps=-1: give 0 or more"),
-        ({"fake_guidance": "teacher"}, "fake_guidance='teacher' and guidance=null: there is no rule to share"),
+        ({"fake": {"null_probability": 1.0}}, r"null_probability=1.0: give a share in \[0, 1\)"),
+        ({"fake": {"null_probability": -0.1}}, r"null_probability=-0.1: give a share in \[0, 1\)"),
+        ({"teacher": without_null_class(), "fake": {"null_probability": 0.5}}, "fake_score.null_probability=0.5.*null class"),
         ({"fake": {"times": IndexTimes(0, 9)}}, "fake_score.times: IndexTimes on RectifiedFlow"),
         ({"kind": "dmd2", "adversarial": Adversarial(IndexTimes(0, 9))}, "adversarial.times: IndexTimes on RectifiedFlow"),
+        ({"student": on_another_schedule()}, "model.student's schedule is VariancePreserving.*the teacher's RectifiedFlow"),
+        ({"student": teacher(1), "lora": LoRA(2)}, r"model.student and model.lora=LoRA\(rank=2.*set one only"),
+        ({"teacher": SMALL, "lora": LoRA(2)}, "only networks of diffusers take LoRA layers"),
+        ({"teacher": SMALL, "optimization": Optimization(gradient_checkpointing=True)}, ONLY_DIFFUSERS),
+        ({"teacher": SMALL, "fake": {"optimization": CHECKPOINTING}}, f"fake_score.{ONLY_DIFFUSERS}"),
+        ({"fake_guidance": "teacher"}, "fake_guidance='teacher' and guidance=null: there is no rule to share"),
+        (
+            {"kind": "dmd2", "adversarial": None, "divergence": F_DIVERGENCE},
+            "divergence is set: a discriminator estimates its density ratio; set adversarial too",
+        ),
+        (
+            {"kind": "dmd2", "divergence": F_DIVERGENCE, "fake_guidance": CFG},
+            r"fake_guidance=ClassifierFreeGuidance\(.* and divergence are set: a guided pair has no features",
+        ),
+        ({"kind": "dmd2", "teacher": SMALL}, "SmallNetwork does not say where its inner features are read"),
         (
             {"kind": "vsd", "regression": SquaredDistance(), "times": (1.0, 0.5)},
             "regression is set with 2 times of sampler: pairs are of one step",
@@ -58,10 +84,6 @@ def on_another_schedule() -> NetworkDenoiser:
         (
             {"kind": "vsd", "shared_dropout": True, "fake": {"lora": LoRA(2, dropout=0.1)}},
             "shared_dropout=true with fake_score.lora.dropout=0.1: set that to 0",
-        ),
-        (
-            {"teacher": small(num_classes=2), "fake": {"optimization": PlayerOptimization(gradient_checkpointing=True)}},
-            "fake_score.optimization.gradient_checkpointing=true",
         ),
     ],
 )
@@ -78,82 +100,35 @@ def test_adversarial_factors_are_positive(kind: Any, weights: dict[str, float]):
         kind(**first, **weights)
 
 
-def test_dropped_conditions_need_null_conditions():
-    trained = method(fake={"null_probability": 0.5})
-    with pytest.raises(ValueError, match="null_probability=0.5: the data delivers no null conditions"):
-        fit(trained, [Batch(None, BATCHES[0].cond, {})], 2)
+def test_a_discriminator_starts_at_a_step_of_the_generator():
+    with pytest.raises(ValueError, match="start_step=-1: give 0 or more"):
+        JointAdversarial(start_step=-1)
 
 
-def test_a_batch_of_nothing_has_no_size():
-    with pytest.raises(ValueError, match="has no size"):
-        len(Batch(None, {}, {}))
+def test_the_teacher_itself_is_no_student():
+    one = teacher()
+    with pytest.raises(ValueError, match="the student has no parameter that is trained: give one that has"):
+        fit(method(teacher=one, student=one), BATCHES, 1)
 
 
-def test_a_run_can_be_begun_again_after_one_that_failed():
-    class Fails(Callback):
-        def on_train_batch_end(self, *others: Any) -> None:
-            raise RuntimeError("failed")
-
-    trained = method()
-    with pytest.raises(RuntimeError, match="failed"):
-        fit(trained, BATCHES, 2, Fails())
-    before = {name: value.clone() for name, value in trained.named_parameters()}
-    assert fit(trained, BATCHES, 2).global_step == 2
-    moved = {name.split(".")[0] for name, value in trained.named_parameters() if not torch.equal(value, before[name])}
-    assert moved == {"student", "critic", "ema"}
-
-
-def test_trained_times_are_not_lost_by_a_plain_export():
-    with pytest.raises(ValueError, match="ExportDenoiser writes no trained times.*tools/export.py"):
-        ExportDenoiser().setup(trainer(1), method(), "fit")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_float16_teacher_is_refused_where_it_is_differentiated(kind: str):
+    """In SiD and SIM gradients pass through it; distribution matching only reads it, and moves none of its bits."""
+    half = teacher()
+    half.frozen_dtype = torch.float16  # type: ignore[assignment]
+    trained = method(kind, teacher=half)
+    if kind in ("sid", "sida", "sim"):
+        with pytest.raises(ValueError, match="model.teacher.dtype=float16: .*in its input.*set it to null, or to bfloat16"):
+            fit(trained, BATCHES, 2)
+        return
+    before = copy.deepcopy(half.state_dict())
+    fit(trained, BATCHES, 2)
+    assert int(trained.skipped.total) == 0 and {value.dtype for value in half.parameters()} == {torch.float16}
+    assert same(before, dict(half.state_dict())) and {p.dtype for p in trained.parameters()} == {torch.float32}
 
 
-class Counting(IdentityCodec):
-    """Counts what it encodes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def encode(self, pixels: Any) -> Any:
-        self.count += 1
-        return super().encode(pixels)
-
-
-@pytest.mark.parametrize(("kind", "encoded"), [("sid", 0), ("sim", 0), ("vsd", 0), ("sida", 2), ("dmd2", 2)])
-def test_data_is_encoded_where_a_loss_reads_it_and_nowhere_else(kind: str, encoded: int):
-    codec = Counting()
-    fit(method(kind, space=ModelSpace(codec)), BATCHES, 2)
-    assert codec.count == encoded
-
-
-def test_streams_without_data_train_what_reads_none():
-    labels = label_conditions(torch.arange(ROWS) % 2, 2)
-    trained = method("sim", evaluation=Evaluation(steps=[1]))
-    fit(trained, [Batch(None, *labels)], 2)
-    assert trained.skipped.total == 0 and trained.model_shape == SHAPE
-
-
-def test_gradients_reach_all_weights_after_a_simulation_under_autocast():
-    """Weights that autocast has cast for the simulation, without a graph, are cast again for the step that is trained."""
-    trained = method("vsd", times=(0.9, 0.5))
-    trained.batches_seen = next(number for number in range(100) if exit_of(trained, number) == 1)
-    with torch.autocast("cpu", torch.bfloat16):
-        trained.losses(batch())["loss"].backward()
-    without = [name for name, weight in trained.student.named_parameters() if weight.grad is None]
-    assert not without
-
-
-def exit_of(trained: Any, number: int) -> int:
-    trained.batches_seen = number
-    return trained.exit_index()
-
-
-def test_steps_before_the_trained_one_are_taken_as_in_sampling():
-    """Without dropout, though the student is in training mode for its own step."""
-    trained, modes = method("vsd", times=(0.9, 0.6, 0.3)), []
-    trained.batches_seen = next(number for number in range(100) if exit_of(trained, number) == 2)
-    trained.student.network.register_forward_hook(lambda module, *_: modes.append(module.training))  # type: ignore[union-attr]
-    trained.losses(batch())
-    assert modes == [False, False, True]
-    assert all(part.training for part in trained.student.modules() if isinstance(part, nn.Dropout))
+def test_a_float16_teacher_is_refused_under_layers_of_the_fake_score():
+    half = teacher()
+    half.frozen_dtype = torch.float16  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="model.teacher.dtype=float16 with LoRA layers on its weights"):
+        fit(method("vsd", teacher=half, fake={"lora": LoRA(2)}), BATCHES, 1)

@@ -18,11 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distill.adversarial import Adversarial
 from distill.denoiser import Denoiser
@@ -30,7 +29,6 @@ from distill.discriminators import density_ratio
 from distill.distances import Distance
 from distill.divergences import FDivergence
 from distill.evaluation import Evaluation
-from distill.features import denoise_with_features
 from distill.few_step import FewStepSampler
 from distill.gradients import Call, denoise
 from distill.guidance import GuidanceRule
@@ -96,30 +94,26 @@ class DistributionMatching(ScoreDistillation):
         super().__init__(*parts, guidance, fake_guidance, student, lora, space)
         self.weight, self.normalize, self.shared_dropout = weight or ConstantWeight(), normalize, shared_dropout
         self.divergence, self.regression, self.regression_weight = divergence, regression, regression_weight
-        self.adversarial = adversarial
+        self.adversarial, self.reads_data = adversarial, adversarial is not None or regression is not None
         if adversarial is not None:
             check_laws(teacher.schedule, {"adversarial.times": adversarial.times})
-            self.critic["head"] = adversarial.build_head(self.fake)  # type: ignore[operator]
-
-    @property
-    def reads_data(self) -> bool:  # type: ignore[override]
-        return self.adversarial is not None or self.regression is not None
+            self.critic["head"] = adversarial.build_head(self.fake)
 
     def prepare(self, batch: Batch) -> Batch:
         if self.training and self.regression is not None:
-            self.check_pairs(batch)  # in the fake score's turns too, which come first
+            self.pairs(batch)  # refused at once: the fake score's turns, which come first, read no pairs
         return super().prepare(batch)
 
     @staticmethod
-    def check_pairs(batch: Batch) -> None:
-        """Raises ValueError for a batch that is not of noise and the teacher's samples of it."""
+    def pairs(batch: Batch) -> tuple[Sample, Sample]:
+        """The batch's noise and the teacher's samples of it. Raises ValueError if it has not both."""
         if batch.noise is None or batch.x0 is None:
             raise ValueError("model.regression is set, but data delivers no pairs of noise and samples: set it to null.")
+        return batch.noise, batch.x0
 
     def losses(self, batch: Batch) -> Losses:
         x_g, paired = self.samples(batch)
-        direction = self.direction(x_g.detach(), batch)
-        matching = (x_g - (x_g - direction).detach()).square().mean() / 2
+        matching = (x_g - (x_g - self.direction(x_g, batch)).detach()).square().mean() / 2
         losses = {"loss": matching, "matching": matching}
         if self.adversarial is not None:
             losses["adversarial"] = self.adversarial.generator_loss(self.fake, self.head, x_g, batch.cond)
@@ -133,30 +127,27 @@ class DistributionMatching(ScoreDistillation):
         """The generator's samples of fresh noise and, with a regression, of the batch's noise, in one evaluation."""
         if self.regression is None:
             return self.generate(batch, "parameters"), None
-        self.check_pairs(batch)
-        assert batch.noise is not None
+        noise, _ = self.pairs(batch)
         both = {key: torch.cat([value, value]) for key, value in batch.cond.items()}
-        fresh = torch.randn_like(batch.noise)
-        x_g, paired = self.generate_from(torch.cat([fresh, batch.noise]), both, "parameters").chunk(2)
+        x_g, paired = self.generate_from(torch.cat([torch.randn_like(noise), noise]), both, "parameters").chunk(2)
         return x_g, paired
 
+    @torch.no_grad()
     def direction(self, x_g: Sample, batch: Batch) -> Sample:
         """g: where the generator's samples are to move away from, ``(b, *shape)``, without gradient."""
-        x_t, t = self.noisy(x_g, self.times)
+        (x_t, t), schedule = self.noisy(x_g, self.times), self.student.schedule
+        ratio_weight: Tensor | float = 1.0
         if self.divergence is None:
             x_phi, x_psi = self.scores(x_t, t, batch)
         else:
             assert self.adversarial is not None
-            tapped = partial(denoise_with_features, layer=self.adversarial.discriminator.layer)
-            x_phi, (x_psi, features) = self.scores(x_t, t, batch, tapped)
-        weight = self.weight(self.student.schedule, t, t)
+            x_phi, (x_psi, features) = self.scores(x_t, t, batch, self.adversarial.denoise)
+            ratio = density_ratio(self.head(features))
+            ratio_weight = self.divergence(ratio, schedule.angle(t).to(ratio.dtype) * (2 / torch.pi))
+        weight = self.weight(schedule, t, t)
         if self.normalize:
             weight = weight / teacher_residual(x_g, x_phi)
-        if self.divergence is not None:
-            with torch.no_grad():
-                ratio = density_ratio(self.head(features))
-            weight = weight * self.divergence(ratio, self.student.schedule.angle(t).to(ratio.dtype) * (2 / torch.pi))
-        return per_sample(weight, x_g) * (x_psi - x_phi)
+        return per_sample(weight * ratio_weight, x_g) * (x_psi - x_phi)
 
     def view(self, denoiser: Denoiser, x_t: Sample, t: Time, cond: Cond, call: Call = denoise) -> Any:
         if not self.shared_dropout:
@@ -170,7 +161,7 @@ class DistributionMatching(ScoreDistillation):
         denoising = self.denoising_loss(x_g, batch)
         if self.adversarial is None:
             return {"loss": denoising}
-        x0 = self.real_samples(batch, "adversarial")
+        x0 = self.real_samples(batch)
         adversarial = self.adversarial.critic_loss(self.fake, self.head, x_g, x0, batch.cond)
         loss = denoising + self.adversarial.critic_weight * adversarial
         return {"loss": loss, "denoising": denoising, "adversarial": adversarial}

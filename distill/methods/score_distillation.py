@@ -58,6 +58,7 @@ class ScoreDistillation(TwoPlayerMethod, ABC):
     teacher_gradient: Gradient = "none"
     """What the generator's loss differentiates the two frozen networks in."""
 
+    critic: nn.ModuleDict
     critic_key = "fake_score.optimization"
     reads_data = False
     """Whether any loss reads ``batch.x0``: where none does, pixels are not encoded."""
@@ -94,12 +95,12 @@ class ScoreDistillation(TwoPlayerMethod, ABC):
     @property
     def fake(self) -> Denoiser:
         """The fake score's denoiser."""
-        return self.critic["score"]  # type: ignore[index, return-value]
+        return self.critic["score"]  # type: ignore[return-value]
 
     @property
     def head(self) -> nn.Module:
         """The discriminator's, of methods that have one."""
-        return self.critic["head"]  # type: ignore[index, return-value]
+        return self.critic["head"]
 
     @property
     def student_sampler(self) -> Sampler:
@@ -162,10 +163,10 @@ class ScoreDistillation(TwoPlayerMethod, ABC):
         return evaluate(self.teacher_gradient, denoiser, x_t, t, cond, call)
 
     @staticmethod
-    def real_samples(batch: Batch, key: str) -> Sample:
-        """The batch's data. Raises ValueError, naming the setting that needs it, if there is none."""
+    def real_samples(batch: Batch) -> Sample:
+        """What a discriminator compares with: the batch's data. Raises ValueError if there is none."""
         if batch.x0 is None:
-            raise ValueError(f"model.{key} is set, but data delivers no samples to compare with: set it to null.")
+            raise ValueError("model.adversarial is set, but data delivers no samples to compare with: set it to null.")
         return batch.x0
 
     def critic_losses(self, batch: Batch) -> Losses:

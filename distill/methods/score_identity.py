@@ -19,7 +19,6 @@ score's loss gains ``w(t) [softplus(-d(real)) + softplus(d(x_g))] / 2D``, data w
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal
 
 import torch
@@ -28,11 +27,10 @@ from torch.nn.functional import softplus
 
 from distill.adversarial import JointAdversarial
 from distill.denoiser import Denoiser
-from distill.discriminators import LOGIT_BOUND, discriminator_loss
+from distill.discriminators import LOGIT_BOUND, Logits, discriminator_loss
 from distill.evaluation import Evaluation
-from distill.features import denoise_with_features, features_of
 from distill.few_step import FewStepSampler
-from distill.gradients import Call, evaluate
+from distill.gradients import evaluate
 from distill.guidance import GuidanceRule
 from distill.lora import LoRA
 from distill.methods.fake_score import FakeScore
@@ -78,48 +76,39 @@ class ScoreIdentity(ScoreDistillation):
             )
         parts = (teacher, sampler, times, fake_score, optimization, evaluation)
         super().__init__(*parts, guidance, fake_guidance, student, lora, space)
-        self.alpha, self.adversarial = alpha, adversarial
+        self.alpha, self.adversarial, self.reads_data = alpha, adversarial, adversarial is not None
         if adversarial is not None:
-            self.critic["head"] = adversarial.build_head(self.fake)  # type: ignore[operator]
-
-    @property
-    def reads_data(self) -> bool:  # type: ignore[override]
-        return self.adversarial is not None
+            self.critic["head"] = adversarial.build_head(self.fake)
 
     def losses(self, batch: Batch) -> Losses:
         x_g = self.generate(batch, "parameters")
         x_t, t = self.noisy(x_g, self.times)
-        doubt: Tensor | float = 0.0
+        adversarial: Tensor | float = 0.0
         if self.adversarial is None or self.student_step < self.adversarial.start_step:
             x_phi, x_psi = self.scores(x_t, t, batch)
         else:
-            x_phi, (x_psi, features) = self.scores(x_t, t, batch, self.tapped(self.adversarial))
-            doubt = self.adversarial.generator_weight * x_g[0].numel() * generator_doubt(self.head(features))
+            x_phi, (x_psi, features) = self.scores(x_t, t, batch, self.adversarial.denoise)
+            adversarial = self.adversarial.generator_weight * x_g[0].numel() * generator_losses(self.head(features))
         gap = x_phi - x_psi
         identity = (gap * ((x_phi - x_g) - self.alpha * gap)).flatten(1).sum(1)
-        return {"loss": ((identity + doubt) / teacher_residual(x_g, x_phi)).mean(), "gap": gap.detach().square().mean()}
-
-    @staticmethod
-    def tapped(adversarial: JointAdversarial) -> Call:
-        """The evaluation that gives x0 and features."""
-        return partial(denoise_with_features, layer=adversarial.discriminator.layer)
+        loss = ((identity + adversarial) / teacher_residual(x_g, x_phi)).mean()
+        return {"loss": loss, "gap": gap.detach().square().mean()}
 
     def critic_losses(self, batch: Batch) -> Losses:
         if self.adversarial is None:
             return super().critic_losses(batch)
-        data = self.real_samples(batch, "adversarial")
+        data = self.real_samples(batch)
         x_g, schedule = self.generate(batch, "none"), self.student.schedule
         t, eps = self.fake_score.times.sample(len(x_g), schedule, x_g.device), torch.randn_like(x_g)
-        noisy = schedule.add_noise(x_g, eps, t)
-        x0, generated = evaluate("parameters", self.fake, noisy, t, batch.cond, self.tapped(self.adversarial))
-        reader = partial(features_of, layer=self.adversarial.discriminator.layer)
-        real = evaluate("parameters", self.fake, schedule.add_noise(data, eps, t), t, batch.cond, reader)
+        noisy, noisy_data = schedule.add_noise(x_g, eps, t), schedule.add_noise(data, eps, t)
+        x0, generated = evaluate("parameters", self.fake, noisy, t, batch.cond, self.adversarial.denoise)
+        real = evaluate("parameters", self.fake, noisy_data, t, batch.cond, self.adversarial.features)
         denoising = self.weighted_error(x0, x_g, t)
         adversarial = discriminator_loss(self.head(real), self.head(generated))
         factor = self.adversarial.critic_weight * self.fake_score.weight(schedule, t, t).mean() / (2 * x_g[0].numel())
         return {"loss": denoising + factor * adversarial, "denoising": denoising, "adversarial": adversarial}
 
 
-def generator_doubt(logits: Tensor) -> PerSample:
-    """``softplus(-d)`` of logits ``(b, *map)`` bounded by 10, the mean of each sample."""
+def generator_losses(logits: Logits) -> PerSample:
+    """``softplus(-d)``, the generator's non-saturating loss, of logits clipped to +-10: the mean over each sample's places."""
     return softplus(-logits.clamp(-LOGIT_BOUND, LOGIT_BOUND)).flatten(1).mean(1)
