@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    SHAPE,
     FixedPairs,
     PowerMap,
     Watch,
@@ -23,6 +24,7 @@ from helpers import (
 from oracle import SCHEDULES
 
 from distill.boundary import KarrasBoundary, ScaledBoundary
+from distill.couplings import OptimalTransport
 from distill.denoiser import Denoiser
 from distill.distances import Distance, PseudoHuber, SquaredDistance
 from distill.ema import DecayAveraging
@@ -34,7 +36,7 @@ from distill.pairs import GridPairs, RatioPairs, TimePairs
 from distill.schedules import RectifiedFlow, TrigFlow, VarianceExploding, VariancePreserving
 from distill.solvers import DDIM, Heun, Solver
 from distill.times import LogNormalTimes, UniformTimes
-from distill.types import Batch, label_conditions
+from distill.types import Batch, DataSpec, label_conditions
 from distill.weights import InverseGapWeight, KarrasWeight
 
 GRIDS: dict[str, Grid] = {"ve": KarrasGrid(), "rf": UniformGrid(), "rf-shift3": UniformGrid(), "trig": UniformGrid()}
@@ -172,6 +174,25 @@ def test_no_gradient_flows_through_the_target():
     wanted = (student(at(student.schedule, batch.x0, batch.noise, t), t, {}) - target).square().mean()
     found, expected = (torch.autograd.grad(loss, list(student.parameters())) for loss in (method.losses(batch)["loss"], wanted))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected))
+
+
+@pytest.mark.parametrize("solver", [None, Heun()], ids=["training", "distillation"])
+def test_a_coupling_changes_the_noise_alone(solver):
+    """The loss is that of the batch with the coupled noise in it; at both times of consistency training."""
+    t, u = torch.full((16,), 0.6), torch.full((16,), 0.4)
+    parts = {"student": small(num_classes=2), "teacher": two_classes(), "solver": solver}
+    free, method = (consistency(FixedPairs(t, u), **parts, coupling=each) for each in (None, OptimalTransport()))
+    batch = batch_of(0, 16, tied=False)
+    method.seed_draws()
+    noise = OptimalTransport().draw(batch.x0, batch.cond["labels"])
+    method.seed_draws()
+    loss = float(method.losses(batch)["loss"])
+    assert loss == float(free.losses(Batch(batch.x0, batch.cond, batch.null, noise))["loss"])
+    free.seed_draws()
+    assert loss != pytest.approx(float(free.losses(batch)["loss"]), rel=1e-3)
+    method.check_data(DataSpec(SHAPE, 2))
+    with pytest.raises(ValueError, match="model.coupling=OptimalTransport .* set model.coupling to null"):
+        method.check_data(DataSpec(SHAPE, 2, paired=True))
 
 
 @pytest.mark.parametrize("target", [None, DecayAveraging(0.9)], ids=["own weights", "average"])

@@ -8,6 +8,7 @@ from helpers import SHAPE, batch_of, energy_distance, evaluation, fit, gaussian,
 from oracle import SCHEDULES, Gaussian
 from torch import Tensor, nn
 
+from distill.couplings import OptimalTransport
 from distill.denoiser import NetworkDenoiser
 from distill.ema import DecayAveraging
 from distill.grids import KarrasGrid, UniformGrid
@@ -17,7 +18,7 @@ from distill.samplers import OdeSampler
 from distill.schedules import NoiseSchedule, RectifiedFlow, VarianceExploding, VariancePreserving
 from distill.solvers import Heun
 from distill.times import LogNormalTimes, TimeDistribution, UniformTimes
-from distill.types import Batch, Cond, PerSample, Time
+from distill.types import Batch, Cond, DataSpec, PerSample, Time
 from distill.weights import KarrasWeight, Weight
 
 PREDICTIONS = ["x0", "eps", "v", "flow", "edm"]
@@ -141,6 +142,34 @@ def test_a_share_of_the_samples_loses_its_conditions(share):
     assert not (batch.cond["labels"] == 2).any(), "the batch itself is left as it was"
     with pytest.raises(ValueError, match="null_probability=1.0"):
         DenoisingTraining(small(), UniformTimes(), Optimization(), evaluation(), null_probability=1.0)
+
+
+def coupled_training(null_probability: float = 0.0) -> DenoisingTraining:
+    student, times = small(num_classes=2), KnownTimes(torch.full((24,), 0.5))
+    settings = {"null_probability": null_probability, "coupling": OptimalTransport()}
+    return DenoisingTraining(student, times, Optimization(), evaluation(), **settings)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.9])
+def test_a_coupling_pairs_the_noise_within_the_true_classes(share):
+    """Also where most samples are trained without their labels. What the network sees is at half time: ``(x0 + eps) / 2``."""
+    method, batch, seen = coupled_training(share), batch_of(0, 24, tied=False), []
+    method.student.network.register_forward_pre_hook(lambda network, inputs: seen.append(inputs[0]))
+    method.seed_draws()
+    method.losses(batch)
+    method.seed_draws()
+    free = torch.randn_like(batch.x0)
+    paired = OptimalTransport().pair(batch.x0, free, batch.cond["labels"])
+    assert not torch.equal(paired, OptimalTransport().pair(batch.x0, free)) and not torch.equal(paired, free)
+    torch.testing.assert_close(seen[0], (batch.x0 + paired) / 2)
+
+
+def test_a_coupling_of_data_that_carries_its_noise_is_refused():
+    method = coupled_training()
+    method.check_data(DataSpec(SHAPE, 2))
+    with pytest.raises(ValueError, match="model.coupling=OptimalTransport .* set model.coupling to null"):
+        method.check_data(DataSpec(SHAPE, 2, paired=True))
+    DenoisingTraining(small(), UniformTimes(), Optimization(), evaluation()).check_data(DataSpec(SHAPE, 2, paired=True))
 
 
 @pytest.mark.parametrize(

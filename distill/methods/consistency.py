@@ -6,6 +6,7 @@
 x_u is one step of an ODE solver from x_t along the teacher (distillation) or ``alpha_u x0 + sigma_u eps`` with the same eps
 (training, the limit of that step when the teacher is exact). f^- is the student itself without gradient, or an average of it.
 f and f^- draw the same dropout masks. Where u is the end of the schedule the target is x_u itself: f's boundary condition.
+A coupling chooses which eps goes with which x0 (`distill.couplings`); the loss stays as it is.
 
 By parts: CD; CT; improved CT (2310.14189: doubling curriculum, log-normal pairs, pseudo-Huber, inverse-gap weight); ECT
 (2406.14548: `RatioPairs` from a diffusion checkpoint); latent consistency (2310.04378: skipped steps, a guidance scale drawn
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from distill.boundary import Boundary, ConsistencyFunction, NoBoundary
+from distill.couplings import Coupling, noise_for, refuse_pairs
 from distill.denoiser import Denoiser, NetworkDenoiser
 from distill.distances import Distance
 from distill.ema import EMA, Averaging
@@ -31,7 +33,7 @@ from distill.pairs import TimePairs
 from distill.schedules import NoiseSchedule, per_sample
 from distill.solvers import Solver
 from distill.space import ModelSpace
-from distill.types import Batch, Cond, Losses, Sample, Time
+from distill.types import Batch, Cond, DataSpec, Losses, Sample, Time
 from distill.weights import ConstantWeight, Weight
 
 
@@ -52,6 +54,7 @@ class Consistency(Method):
         guidance_range: ``(low, high)`` of a guidance scale (1 is none) drawn for each sample instead.
         embed_guidance: whether the student reads the drawn scale; LCM-LoRA does not (Luo et al. 2311.05556).
         lora: the student is LoRA layers on the teacher's weights; None trains all weights of a copy.
+        coupling: of data and noise; None draws noise freely.
         optimization, evaluation, space: see `Method`.
     """
 
@@ -72,6 +75,7 @@ class Consistency(Method):
         guidance_range: tuple[float, float] | None = None,
         embed_guidance: bool = True,
         lora: LoRA | None = None,
+        coupling: Coupling | None = None,
         space: ModelSpace | None = None,
     ):
         if teacher is None and (solver is not None or student is None):
@@ -92,10 +96,14 @@ class Consistency(Method):
         self.pairs, self.distance, self.solver = pairs, distance, solver
         self.schedule = self.student.schedule if schedule is None else schedule
         self.boundary, self.weight = boundary or NoBoundary(), weight or ConstantWeight()
-        self.guidance_range = guidance_range
+        self.guidance_range, self.coupling = guidance_range, coupling
         self.target = None if target is None else EMA(self.student, target)
         if self.target is not None:
             self.target.module.train()
+
+    def check_data(self, spec: DataSpec) -> None:
+        super().check_data(spec)
+        refuse_pairs(self.coupling, spec)
 
     def generator(self, student: Denoiser) -> Denoiser:
         view = student.under(self.schedule)
@@ -106,7 +114,7 @@ class Consistency(Method):
         schedule, x0 = self.schedule, batch.x0
         t, u = self.pairs.sample(len(x0), self.student_step, schedule, x0.device)
         end = u <= schedule.t_min
-        eps = torch.randn_like(x0) if batch.noise is None else batch.noise
+        eps = noise_for(batch, self.coupling)
         x_t = schedule.add_noise(x0, eps, t)
         cond, teacher_cond, rule = self.draw_guidance(batch.cond)
         with torch.no_grad():

@@ -5,12 +5,14 @@
 F is the network's own output, F* what it should be (`NetworkDenoiser.raw_target`): the noise, v, eps - x0, or EDM's F, whose
 plain squared error is EDM's weighted loss. Times follow a law of their own. With probability ``null_probability`` a sample's
 conditions are replaced by the null conditions, so that classifier-free guidance is possible (Ho & Salimans 2207.12598).
+A coupling chooses which eps goes with which x0 (`distill.couplings`); the loss stays as it is.
 """
 
 from __future__ import annotations
 
 import torch
 
+from distill.couplings import Coupling, noise_for, refuse_pairs
 from distill.denoiser import NetworkDenoiser
 from distill.evaluation import Evaluation
 from distill.guidance import drop_conditions
@@ -18,7 +20,7 @@ from distill.methods.base import Method
 from distill.optimization import Optimization
 from distill.space import ModelSpace
 from distill.times import TimeDistribution
-from distill.types import Batch, Losses
+from distill.types import Batch, DataSpec, Losses
 from distill.weights import ConstantWeight, Weight
 
 
@@ -30,6 +32,7 @@ class DenoisingTraining(Method):
         times: law of the training times.
         weight: w(t).
         null_probability: in [0, 1), share of samples trained without their conditions.
+        coupling: of data and noise, by the labels before any is replaced; None draws noise freely.
         optimization, evaluation, space: see `Method`.
     """
 
@@ -43,6 +46,7 @@ class DenoisingTraining(Method):
         evaluation: Evaluation,
         weight: Weight | None = None,
         null_probability: float = 0.1,
+        coupling: Coupling | None = None,
         space: ModelSpace | None = None,
     ):
         super().__init__(student, None, None, optimization, evaluation, space)
@@ -51,12 +55,17 @@ class DenoisingTraining(Method):
         if null_probability and student.num_classes is not None and not student.null_class:
             raise ValueError(f"null_probability={null_probability}: the network has no null class; set it to 0.")
         self.times, self.weight, self.null_probability = times, weight or ConstantWeight(), null_probability
+        self.coupling = coupling
+
+    def check_data(self, spec: DataSpec) -> None:
+        super().check_data(spec)
+        refuse_pairs(self.coupling, spec)
 
     def losses(self, batch: Batch) -> Losses:
         assert batch.x0 is not None
         schedule, x0 = self.student.schedule, batch.x0
         t = self.times.sample(len(x0), schedule, x0.device)
-        eps = torch.randn_like(x0) if batch.noise is None else batch.noise
+        eps = noise_for(batch, self.coupling)
         cond = drop_conditions(batch.cond, batch.null, self.null_probability)
         raw = self.student.raw(schedule.add_noise(x0, eps, t), t, cond)
         errors = (raw - self.student.raw_target(x0, eps, t)).square().flatten(1).mean(1)
