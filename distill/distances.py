@@ -33,10 +33,11 @@ class PseudoHuber(Distance):
 
     The two forms are not interchangeable: c belongs to its form. Improved consistency training uses the vector form with
     ``c = 0.00054 sqrt(D)`` for D elements (2310.14189, section 3.3); latent consistency models the element form with c = 0.001.
+    ``mean`` is the vector form over D: rf++'s, with ``c = 0.00054 D`` (2405.20320, its code).
 
     Args:
-        c: > 0 in the units of the sample, or None for ``relative sqrt(D)``.
-        form: ``vector`` or ``element``.
+        c: > 0 in the units of the sample, or None for ``relative sqrt(D)``; in the ``mean`` form ``relative D``.
+        form: ``vector``, ``element`` or ``mean``.
         relative: > 0, read where ``c`` is None.
 
     Raises:
@@ -44,21 +45,22 @@ class PseudoHuber(Distance):
     """
 
     def __init__(
-        self, c: float | None = None, form: Literal["vector", "element"] = "vector", relative: float = 0.00054
+        self, c: float | None = None, form: Literal["vector", "element", "mean"] = "vector", relative: float = 0.00054
     ):
         super().__init__()
         if c is not None and c <= 0:
             raise ValueError(f"c={c}: give a positive number (1e-8 for the plain norm), or null for relative * sqrt(D).")
         if relative <= 0:
-            raise ValueError(f"relative={relative}: give a positive number, the share of sqrt(D) that c is.")
+            raise ValueError(f"relative={relative}: give a positive number, the share of sqrt(D), or of D, that c is.")
         self.c, self.form, self.relative = c, form, relative
 
     def forward(self, a: Sample, b: Sample) -> PerSample:
         squares = (a - b).square().flatten(1)
-        c = self.relative * squares.shape[1] ** 0.5 if self.c is None else self.c
-        if self.form == "vector":
-            return (squares.sum(1) + c**2).sqrt() - c
-        return ((squares + c**2).sqrt() - c).mean(1)
+        size = squares.shape[1]
+        c = self.relative * (size if self.form == "mean" else size**0.5) if self.c is None else self.c
+        if self.form == "element":
+            return ((squares + c**2).sqrt() - c).mean(1)
+        return ((squares.sum(1) + c**2).sqrt() - c) / (size if self.form == "mean" else 1)
 
 
 def derivative(distance: Distance, y: Sample) -> Sample:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from distill.denoiser import NetworkDenoiser
+from distill.denoiser import Denoiser, NetworkDenoiser
 from distill.edm_published import Published, read_published
 from distill.hub import content_hash, read_json
 from distill.networks.edm import EDM
@@ -33,10 +33,29 @@ def save_converted(published: Published, folder: str | Path, source: dict[str, s
         folder: made if need be.
         source: name and sha256 of the file that it was read from; kept in ``config.json``.
     """
+    _build(published, {})
+    _write(published, Path(folder), source)
+
+
+def is_edm(denoiser: Denoiser) -> bool:
+    """Whether `save_edm` can write it: EDM's preconditioning around an `EDM` or `EDM2` network without extra inputs."""
+    if not isinstance(denoiser, NetworkDenoiser) or not isinstance(denoiser.network, tuple(NETWORKS.values())):
+        return False
+    return denoiser.prediction == "edm" and not denoiser.network.scalars
+
+
+def save_edm(denoiser: NetworkDenoiser, folder: str | Path) -> None:
+    """Writes a denoiser that `is_edm` as `PretrainedEDM` reads it, which must be told the ends of its schedule if not EDM's."""
+    network: Any = denoiser.network
+    state = {key: value.detach().cpu() for key, value in network.model.state_dict().items()}
+    config = {key: value for key, value in network.config.items() if not key.startswith("dropout")}
+    published = Published(type(network).__name__, config, denoiser.sigma_data, state, [])
+    _write(published, Path(folder), {"name": "distill", "sha256": ""})
+
+
+def _write(published: Published, folder: Path, source: dict[str, str]) -> None:
     from safetensors.torch import save_file
 
-    _build(published, {})
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: value.contiguous() for key, value in published.state.items()}, folder / FILES[1])
     config = {"network": published.network, "config": published.config, "sigma_data": published.sigma_data, "source": source}

@@ -1,4 +1,4 @@
-"""Grids of times, for samplers and for the pairs of consistency methods, and curricula of their sizes."""
+"""Grids of times, for samplers and for the pairs of consistency methods, laws over them, and curricula of their sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 
 from distill.schedules import NoiseSchedule
-from distill.times import check_positive
+from distill.times import TimeDistribution, check_positive
 from distill.types import Time
 
 # ------------------------------------------------------------------------------------------------------------ grids
@@ -25,6 +25,11 @@ class Grid(ABC):
         """``times`` with ``t_min`` as the last one: appended if it is not there."""
         times = self.times(schedule, count)
         return times if float(times[-1]) <= schedule.t_min else torch.cat([times, times.new_tensor([schedule.t_min])])
+
+    def starts(self, schedule: NoiseSchedule, steps: int) -> Time:
+        """``steps`` times, all above ``t_min``: a grid that counts ``t_min`` among its points is asked for one more."""
+        nodes = self.nodes(schedule, steps)
+        return (nodes if len(nodes) > steps else self.nodes(schedule, steps + 1))[:-1]
 
 
 class UniformGrid(Grid):
@@ -74,6 +79,26 @@ class KarrasGrid(Grid):
         if self.sigma_max is None:
             times[0] = schedule.t_max
         return times
+
+
+class GridTimes(TimeDistribution):
+    """Uniform over the times at which a sampler of ``steps`` steps calls its network: what distillation into k steps trains.
+
+    One step is the noise end alone (Liu et al. 2209.03003, section 2.2; InstaFlow, 2309.06380, equation 6).
+
+    Args:
+        steps: k, at least 1.
+        grid: the sampler's; None for `UniformGrid`.
+    """
+
+    def __init__(self, steps: int, grid: Grid | None = None):
+        if steps < 1:
+            raise ValueError(f"steps={steps}: give at least one step.")
+        self.steps, self.grid = steps, grid or UniformGrid()
+
+    def sample(self, count: int, schedule: NoiseSchedule, device: torch.device | None = None) -> Time:
+        times = self.grid.starts(schedule, self.steps).float().to(device)
+        return times[torch.randint(self.steps, (count,), device=device)]
 
 
 # --------------------------------------------------------------------------------------------------------- curricula

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill.denoiser import Denoiser
 from distill.grids import Grid
-from distill.schedules import NoiseSchedule, per_sample
+from distill.schedules import per_sample
 from distill.solvers import Solver
 from distill.types import Cond, Sample, Time
 
@@ -34,12 +34,6 @@ class Sampler(ABC):
 def _all(time: Tensor, x: Sample) -> Time:
     """A scalar time for the whole batch. (``repeat``, not ``expand``: an expanded time breaks forward-mode differentiation.)"""
     return time.to(x).repeat(len(x))
-
-
-def _starts(grid: Grid, schedule: NoiseSchedule, steps: int) -> Time:
-    """``steps`` times of a grid, all above ``t_min``: a grid that counts ``t_min`` among its points is asked for one more."""
-    nodes = grid.nodes(schedule, steps)
-    return (nodes if len(nodes) > steps else grid.nodes(schedule, steps + 1))[:-1]
 
 
 def _check_steps(steps: int) -> None:
@@ -78,13 +72,21 @@ class RenoiseSampler(Sampler):
         grid: where the times lie if ``times`` does not say.
         times: times by number of steps, noisiest first, in the denoiser's schedule, for example ``{2: [80, 0.821]}``.
         clip: bound on ``|x0|`` after each call, as in the paper's pixel models; None for none.
+        same_noise: whether the noise added is the one that sampling began with, every time: rf++'s update for straight flows,
+            whose points know their noise (Lee et al. 2405.20320, section 5.3).
     """
 
-    def __init__(self, grid: Grid, times: dict[int, list[float]] | None = None, clip: float | None = None):
+    def __init__(
+        self,
+        grid: Grid,
+        times: dict[int, list[float]] | None = None,
+        clip: float | None = None,
+        same_noise: bool = False,
+    ):
         for steps, values in (times or {}).items():
             if len(values) != steps or sorted(values, reverse=True) != values:
                 raise ValueError(f"times[{steps}]={values}: give {steps} decreasing times.")
-        self.grid, self.times, self.clip = grid, times or {}, clip
+        self.grid, self.times, self.clip, self.same_noise = grid, times or {}, clip, same_noise
 
     def __call__(
         self, denoiser: Denoiser, noise: Sample, cond: Cond, steps: int, fresh: FreshNoise = torch.randn_like
@@ -94,11 +96,11 @@ class RenoiseSampler(Sampler):
         if steps in self.times:
             times = torch.tensor(self.times[steps], dtype=torch.float64)
         else:
-            times = _starts(self.grid, schedule, steps)
+            times = self.grid.starts(schedule, steps)
         x = schedule.prior_scale * noise
         for step, time in enumerate(times):
             if step > 0:
-                x = schedule.add_noise(x, fresh(x), _all(time, x))
+                x = schedule.add_noise(x, noise if self.same_noise else fresh(x), _all(time, x))
             x = denoiser(x, _all(time, x), cond)
             x = x if self.clip is None else x.clamp(-self.clip, self.clip)
         return x
@@ -125,7 +127,7 @@ class JumpSampler(Sampler):
     ) -> Sample:
         _check_steps(steps)
         schedule = denoiser.schedule
-        times = _starts(self.grid, schedule, steps)
+        times = self.grid.starts(schedule, steps)
         end = times.new_tensor([schedule.t_min])
         x = schedule.prior_scale * noise
         for t, s in zip(times, torch.cat([times[1:], end]), strict=True):

@@ -63,17 +63,23 @@ class LogitNormalTimes(UnitInterval):
 class UShapedTimes(UnitInterval):
     """Density proportional to ``exp(a u) + exp(a (1 - u))`` (rf++, Lee et al. 2405.20320, section 4.1).
 
+    FlashAudio's second stage draws from it too, its first from `LogitNormalTimes` (2410.12266, "bifocal" samplers).
+
     Args:
-        a: steepness, > 0; the paper uses 4.
+        a: steepness, > 0; both papers use 4.
+        margin: distance that is kept from both ends, in [0, 0.5); 1e-5 in rf++'s code.
     """
 
-    def __init__(self, a: float = 4.0):
+    def __init__(self, a: float = 4.0, margin: float = 1e-5):
         check_positive(a=a)
-        self.a = a
+        if not 0 <= margin < 0.5:
+            raise ValueError(f"margin={margin}: give a number in [0, 0.5).")
+        self.a, self.margin = a, margin
 
     def unit(self, count: int, device: torch.device | None) -> Time:
         rising = torch.log1p(torch.rand(count, device=device) * math.expm1(self.a)) / self.a
-        return torch.where(torch.rand(count, device=device) < 0.5, rising, 1 - rising)
+        u = torch.where(torch.rand(count, device=device) < 0.5, rising, 1 - rising)
+        return self.margin + (1 - 2 * self.margin) * u
 
 
 class LogNormalTimes(TimeDistribution):

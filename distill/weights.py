@@ -70,6 +70,21 @@ class PredictionWeight(Weight):
         return alpha**self.alpha_power / out**2
 
 
+class PowerWeight(Weight):
+    """``alpha^a sigma^b``; rf++ weights its premetric on a flow by ``1 - t``, a = 1 (2405.20320, section 4.2).
+
+    Args:
+        alpha: a.
+        sigma: b; below 0 the weight is infinite where ``sigma`` is 0.
+    """
+
+    def __init__(self, alpha: float = 0.0, sigma: float = 0.0):
+        self.alpha, self.sigma = alpha, sigma
+
+    def __call__(self, schedule: NoiseSchedule, t: Time, u: Time) -> PerSample:
+        return schedule.alpha(t) ** self.alpha * schedule.sigma(t) ** self.sigma
+
+
 class VariationalScoreWeight(Weight):
     """``alpha sigma`` on x0, which is ``sigma^2`` on the difference of the noises (VSD as in SwiftBrush, 2312.05239)."""
 

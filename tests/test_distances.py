@@ -35,6 +35,15 @@ def test_pseudo_huber_default_is_that_of_improved_consistency_training():
     assert float(PseudoHuber()(a, b)) == pytest.approx(exact, rel=1e-4)
 
 
+def test_pseudo_huber_mean_is_that_of_rfpp():
+    """(sqrt(|d|^2 + c^2) - c) / D with c = 0.00054 D, by hand: D = 4, |d| = 5."""
+    a = torch.tensor([[3.0, 4.0, 0.0, 0.0]])
+    c = 0.00054 * 4
+    expected = (math.sqrt(25 + c**2) - c) / 4
+    assert float(PseudoHuber(form="mean")(a, torch.zeros_like(a))) == pytest.approx(expected, rel=1e-6)
+    assert float(PseudoHuber(c=12.0, form="mean")(a, torch.zeros_like(a))) == pytest.approx((13 - 12) / 4, rel=1e-6)
+
+
 def test_pseudo_huber_runs_from_squared_to_absolute():
     near, far = 1e-3 * B.double(), 1e6 * B.double()
     torch.testing.assert_close(PseudoHuber(1.0)(0 * near, near), near.flatten(1).square().sum(1) / 2, rtol=1e-4, atol=0)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import SCHEDULES
+from scipy import stats
 
-from distill.grids import ConstantPoints, DiscreteGrid, DoublingPoints, KarrasGrid, SquareRootPoints, UniformGrid
+from distill.grids import ConstantPoints, DiscreteGrid, DoublingPoints, GridTimes, KarrasGrid, SquareRootPoints, UniformGrid
 from distill.schedules import RectifiedFlow, VarianceExploding, VariancePreserving
 
 VE, RF, VP = VarianceExploding(), RectifiedFlow(), VariancePreserving()
@@ -46,6 +47,25 @@ def test_karras_grid_needs_finite_ends():
 def test_uniform_grid():
     assert UniformGrid().times(RF, 4).tolist() == [1.0, 0.75, 0.5, 0.25]
     assert UniformGrid().nodes(RF, 4).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("grid", "schedule", "expected"),
+    [
+        (None, RF, [0.25, 0.5, 0.75, 1.0]),
+        (DiscreteGrid(), VP, [249.0, 499.0, 749.0, 999.0]),
+        # Karras's grid ends in t_min, at which no sampler calls its network.
+        (KarrasGrid(), VE, KarrasGrid().times(VE, 5).flip(0)[1:].tolist()),
+    ],
+)
+def test_distillation_times_are_those_of_the_sampler(grid, schedule, expected):
+    t = GridTimes(4, grid).sample(4000, schedule)
+    values, counts = t.unique(return_counts=True)
+    assert t.dtype == torch.float32 and values.tolist() == pytest.approx(expected)
+    assert stats.chisquare(counts).pvalue > 1e-3
+    assert GridTimes(1, grid).sample(3, schedule).tolist() == [schedule.t_max] * 3
+    with pytest.raises(ValueError, match="steps=0"):
+        GridTimes(0)
 
 
 # --------------------------------------------------------------------------------------------------------- curricula

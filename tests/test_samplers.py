@@ -142,6 +142,18 @@ def test_renoising_the_exact_consistency_function_gives_the_data_law(name, steps
     assert_data_law(samples, bias=0.01)
 
 
+@pytest.mark.parametrize("name", GRIDS)
+def test_renoising_with_the_same_noise_visits_the_chord(name):
+    """rf++'s update: each input is ``alpha x0 + sigma z`` of the last x0 and the first noise."""
+    oracle = Gaussian(SCHEDULES[name], MEAN, VARIANCE)
+    schedule, noise = oracle.schedule, SeededNoise(0, range(5), (3,)).draw().double()
+    t, s = (float(time) * torch.ones(5, dtype=torch.float64) for time in GRIDS[name].starts(schedule, 2))
+    x0 = oracle(schedule.prior_scale * noise, t, {})
+    expected = oracle(schedule.add_noise(x0, noise, s), s, {})
+    found = RenoiseSampler(GRIDS[name], same_noise=True)(oracle, noise, {}, 2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("name", GRIDS)
 def test_exact_jumps_give_the_data_law(name, gamma):

@@ -47,6 +47,15 @@ def test_u_shape_is_symmetric_and_dense_at_both_ends():
     assert share(0, 0.1) == pytest.approx(exact, abs=0.01) and share(0.9, 1.01) == pytest.approx(exact, abs=0.01)
 
 
+def test_u_shape_keeps_its_margin_from_both_ends(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda count, device=None: torch.tensor([0.0, 1.0])[:count])
+    assert UShapedTimes(margin=0.01).sample(2, RF).tolist() == pytest.approx([0.01, 0.01])
+    monkeypatch.setattr(torch, "rand", lambda count, device=None: torch.ones(count))
+    assert UShapedTimes(margin=0.01).sample(1, RF).tolist() == pytest.approx([0.01])
+    u = UShapedTimes(margin=0.01).sample(1, VE)
+    assert float(u) == pytest.approx(0.002 + 0.01 * (80 - 0.002))
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_log_normal_is_in_the_noise_level_of_every_schedule(name):
     schedule = SCHEDULES[name]
@@ -110,6 +119,7 @@ def test_a_schedule_without_indices_is_refused_by_name(name):
         (lambda: UniformTimes(0.5, 0.5), "low=0.5"),
         (lambda: LogNormalTimes(0.0, 0.0), "std=0.0"),
         (lambda: UShapedTimes(-1.0), "a=-1.0"),
+        (lambda: UShapedTimes(margin=0.5), "margin=0.5"),
         (lambda: KarrasTimes(0.8, 0.2), "low=0.8"),
         (lambda: KarrasTimes(high=1.1), "high=1.1"),
         (lambda: KarrasTimes(rho=0.0), "rho=0.0"),

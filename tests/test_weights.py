@@ -9,7 +9,7 @@ from torch import nn
 
 from distill.denoiser import NetworkDenoiser
 from distill.schedules import RectifiedFlow, VarianceExploding
-from distill.weights import ConstantWeight, InverseGapWeight, KarrasWeight, PredictionWeight
+from distill.weights import ConstantWeight, InverseGapWeight, KarrasWeight, PowerWeight, PredictionWeight
 
 VE, RF = VarianceExploding(), RectifiedFlow()
 
@@ -20,6 +20,9 @@ def test_weights():
     assert InverseGapWeight()(VE, t, u).tolist() == [4, 1]
     torch.testing.assert_close(KarrasWeight()(VE, t, u), 1 / t**2 + 1 / 0.25)
     torch.testing.assert_close(InverseGapWeight()(RF, t[:1], u[:1]), torch.tensor([1 / (1 - 1 / 3)]))
+    flow = torch.tensor([0.25, 0.9])
+    torch.testing.assert_close(PowerWeight(alpha=1.0)(RF, flow, flow), 1 - flow)
+    torch.testing.assert_close(PowerWeight(alpha=2.0, sigma=-1.0)(RF, flow, flow), (1 - flow) ** 2 / flow)
 
 
 class Linear(nn.Module):

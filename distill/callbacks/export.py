@@ -9,6 +9,8 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from distill.codecs import DiffusersCodec
+from distill.denoiser import NetworkDenoiser, ScheduleView
+from distill.edm_checkpoints import is_edm, save_edm
 from distill.export.pipelines import pipeline_name, write_pipeline
 from distill.export.schedulers import Scheduling
 from distill.export.sources import find_sources
@@ -19,10 +21,11 @@ from distill.schedulers import make_scheduler
 
 class ExportDenoiser(Callback):
     """Writes ``RUN/export``: the EMA student's network and scheduler, as diffusers and `PretrainedDenoiser` read them; with the
-    parts of ``model.space`` a whole pipeline.
+    parts of ``model.space`` a whole pipeline. EDM's networks are written as `PretrainedEDM` reads them.
 
-    For methods whose student is sampled as it is (teacher training); one that wraps its student needs more than a folder of
-    weights. The folder is complete or not there: it is written beside its place and renamed.
+    For methods whose student is sampled as it is, or seen under another schedule: it is the teacher of a next stage. One that is
+    wrapped otherwise needs more than a folder of weights. The folder is complete or not there: it is written beside its place
+    and renamed.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -32,8 +35,10 @@ class ExportDenoiser(Callback):
             ValueError: naming what has no counterpart in diffusers.
         """
         method: Any = pl_module
-        check_exportable(method.student)
-        if method.generator(method.student) is not method.student:
+        if not is_edm(method.student):
+            check_exportable(method.student)
+        generated = method.generator(method.student)
+        if (generated.base if isinstance(generated, ScheduleView) else generated) is not method.student:
             raise ValueError(f"ExportDenoiser: {type(method).__name__} wraps its student; leave the callback out.")
         if isinstance(method.student_sampler, FewStepSampler):
             raise ValueError(
@@ -55,7 +60,10 @@ class ExportDenoiser(Callback):
 
 def write_teacher(method: Any, folder: Path) -> None:
     """Writes the average of a method's student into a new folder, with the autoencoder and text encoder of its space."""
-    denoiser = method.ema.module
+    denoiser: NetworkDenoiser = method.ema.module
+    if is_edm(denoiser):
+        save_edm(denoiser, folder)
+        return
     if not isinstance(method.space.codec, DiffusersCodec):
         save_denoiser(denoiser, folder)
         return

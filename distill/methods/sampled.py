@@ -17,6 +17,7 @@ from distill.evaluation import Evaluation
 from distill.frozen import Frozen
 from distill.guidance import GuidanceRule, guided
 from distill.noise import SeededNoise
+from distill.pretrained import identity_of
 from distill.samplers import Sampler
 from distill.space import ModelSpace, check_fit
 from distill.types import Batch, Cond, DataSpec, Sample
@@ -171,5 +172,15 @@ class SampledModule(LightningModule, ABC):
         spec = self.space.spec(spec)
         if self.has_teacher:
             check_fit("model.teacher", self.teacher, spec)
+            self._check_pairs(spec)
         check_fit("model.student", self.student, spec)
         self.sample_shape = spec.shape
+
+    def _check_pairs(self, spec: DataSpec) -> None:
+        """Refuses pairs of another teacher."""
+        own = identity_of(self.teacher)
+        if spec.teacher is not None and spec.teacher != (own or {}).get("sha256"):
+            raise ValueError(
+                f"data holds pairs of a teacher with sha256 {spec.teacher[:12]}, but model.teacher is {own}: "
+                "give the same weights, or make pairs of these by tools/make_pairs.py."
+            )
