@@ -107,6 +107,14 @@ class RandomGuidance(GuidanceRule):
         return ClassifierFreeGuidance(self.low + (self.high - self.low) * torch.rand((), device=device))
 
 
+def check_null_share(probability: float, denoiser: Denoiser) -> None:
+    """Raises ValueError for a share of samples without conditions that is none, or that the network has no null class for."""
+    if not 0 <= probability < 1:
+        raise ValueError(f"null_probability={probability}: give a share in [0, 1).")
+    if probability and denoiser.num_classes is not None and not denoiser.null_class:
+        raise ValueError(f"null_probability={probability}: the network has no null class; set it to 0.")
+
+
 def drop_conditions(cond: Cond, null: Cond, probability: float) -> Cond:
     """``cond`` with rows replaced by those of ``null``, each sample's with ``probability``, all its conditions together.
 

@@ -1,5 +1,5 @@
-"""Every family of teacher, read from its folder, is distilled: two steps of consistency distillation, whole and by LoRA, and of
-score distillation, one of each player.
+"""Every family of teacher, read from its folder, is distilled: two steps of consistency distillation, whole and by LoRA, of
+reflow and of piecewise flow, and of score distillation, one of each player.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, Tiny
-from helpers import evaluation, fit
+from helpers import fit
 
 from distill.adversarial import Adversarial
 from distill.discriminators import ConvolutionalDiscriminator
-from distill.distances import PseudoHuber
+from distill.distances import PseudoHuber, SquaredDistance
 from distill.ema import DecayAveraging
 from distill.evaluation import Evaluation
 from distill.few_step import FewStepSampler
@@ -25,6 +25,8 @@ from distill.lora import LoRA
 from distill.methods.consistency import Consistency
 from distill.methods.distribution_matching import DistributionMatching
 from distill.methods.fake_score import FakeScore
+from distill.methods.piecewise_flow import PiecewiseFlow
+from distill.methods.rectified_flow import Reflow
 from distill.methods.score_distillation import ScoreDistillation
 from distill.methods.score_identity import ScoreIdentity
 from distill.methods.score_implicit import ScoreImplicit
@@ -45,42 +47,52 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=1e-2, fused=True)
+
+
 def shape_of(tiny: Tiny) -> tuple[int, ...]:
     """Small samples, also for a model made for large ones."""
     return tiny.channels, tiny.size, tiny.size
 
 
-def batch(tiny: Tiny, number: int) -> Batch:
+def batch(tiny: Tiny, number: int, paired: bool = False) -> Batch:
     generator = torch.Generator().manual_seed(number)
-    return Batch(torch.randn(2, *shape_of(tiny), generator=generator), *tiny.cond(2))
+    x0, noise = torch.randn(2, 2, *shape_of(tiny), generator=generator)
+    return Batch(x0, *tiny.cond(2), noise if paired else None)
 
 
-@pytest.mark.parametrize("lora", [None, LoRA(2)], ids=["whole", "lora"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_two_steps_of_consistency_distillation(name: str, lora: LoRA | None, folders: Path):
-    tiny = FAMILIES[name]
+ONE_PLAYER: dict[str, Any] = {
+    "cd": partial(Consistency, GridPairs(UniformGrid(), ConstantPoints(4)), PseudoHuber(), solver=DDIM()),
+    "reflow": partial(Reflow, times=UniformTimes(0.02, 0.98), velocity_distance=SquaredDistance()),
+    "perflow": partial(PiecewiseFlow, solver=DDIM(), windows=1, solver_steps=2, null_probability=0.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "lora"),
+    [(name, kind, None) for name in FAMILIES for kind in ONE_PLAYER]
+    + [(name, "cd", LoRA(2)) for name in FAMILIES]
+    + [("sd15", kind, LoRA(2)) for kind in ("reflow", "perflow")],
+    ids=lambda value: "lora" if isinstance(value, LoRA) else "whole" if value is None else value,
+)
+def test_two_steps_of_methods_with_one_player(name: str, kind: str, lora: LoRA | None, folders: Path):
+    tiny, paired = FAMILIES[name], kind == "reflow"
     teacher = PretrainedDenoiser(str(folders / name))
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     cond, _ = tiny.cond(2)
-    method = Consistency(
-        GridPairs(UniformGrid(), ConstantPoints(4)),
-        PseudoHuber(),
-        Optimization(
-            optimizer=lambda p: torch.optim.Adam(p, lr=1e-2, fused=True),
-            averaging=DecayAveraging(0.5),
-            gradient_checkpointing=True,
-        ),
-        evaluation(steps=[1]),
+    method = ONE_PLAYER[kind](
+        optimization=Optimization(adam, averaging=DecayAveraging(0.5), gradient_checkpointing=True),
+        evaluation=Evaluation(steps=[1]),
         teacher=teacher,
-        solver=DDIM(),
         guidance=ClassifierFreeGuidance(2.0) if cond and "guidance" not in cond else None,
         lora=lora,
     )
     widths = {key: value.shape[-1] for key, value in cond.items()}
     classes = {"labels": 10}.get(next(iter(cond), ""))
-    method.check_data(DataSpec(shape_of(tiny), classes, widths=widths))
+    method.check_data(DataSpec(shape_of(tiny), classes, widths=widths, paired=paired))
     start = {key: value.clone() for key, value in method.student.named_parameters() if value.requires_grad}
-    fit(method, [batch(tiny, number) for number in range(2)], 2)
+    fit(method, [batch(tiny, number, paired) for number in range(2)], 2)
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
     trained: dict[str, Any] = dict(method.student.named_parameters())
     moved = [key for key, value in start.items() if not torch.equal(value, trained[key])]
@@ -88,10 +100,6 @@ def test_two_steps_of_consistency_distillation(name: str, lora: LoRA | None, fol
     assert len(moved) > 0.8 * len(start), sorted(set(start) - set(moved))
     assert torch.isfinite(method.draw(1, range(2), *tiny.cond(2))).all()
     assert method.skipped.total == 0
-
-
-def adam(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=1e-2, fused=True)
 
 
 SCORE_METHODS: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Reflow: its optimum for Gaussian data is the straight map, from every teacher's schedule; rf++; distillation; what it refuses."""
+"""Reflow: its optimum for Gaussian data is the straight map, from every teacher's schedule; rf++; distillation; refusals."""
 
 from __future__ import annotations
 
@@ -108,10 +108,9 @@ def test_loss_is_the_velocitys_error_by_hand(name):
 def test_terms_and_weights_of_rfpp_by_hand():
     """L = (1 - t) H(u - (z - x)) + d(x_t - t u, x) / t."""
     batch, t = pairs(2), torch.tensor([0.25, 0.8])
-    settings = dict(velocity_distance=PseudoHuber(form="mean"), velocity_weight=PowerWeight(alpha=1.0))
-    method = reflow(
-        teacher("rf"), GivenTimes(*t.tolist()), sample_distance=SquaredDistance(), sample_weight=PowerWeight(sigma=-1.0), **settings
-    )
+    velocity = dict(velocity_distance=PseudoHuber(form="mean"), velocity_weight=PowerWeight(alpha=1.0))
+    sample = dict(sample_distance=SquaredDistance(), sample_weight=PowerWeight(sigma=-1.0))
+    method = reflow(teacher("rf"), GivenTimes(*t.tolist()), **velocity, **sample)
     found = method.losses(batch)
     times = t.double().reshape(2, 1, 1, 1)
     x_t = (1 - times) * batch.x0 + times * batch.noise

@@ -23,9 +23,9 @@ class ExportDenoiser(Callback):
     """Writes ``RUN/export``: the EMA student's network and scheduler, as diffusers and `PretrainedDenoiser` read them; with the
     parts of ``model.space`` a whole pipeline. EDM's networks are written as `PretrainedEDM` reads them.
 
-    For methods whose student is sampled as it is, or seen under another schedule: it is the teacher of a next stage. One that is
-    wrapped otherwise needs more than a folder of weights. The folder is complete or not there: it is written beside its place
-    and renamed.
+    For methods whose student is sampled as it is, or seen under another schedule: it is the teacher of a next stage. One that
+    is wrapped otherwise needs more than a folder of weights. The folder is complete or not there: it is written beside its
+    place and renamed.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

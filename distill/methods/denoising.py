@@ -15,7 +15,7 @@ import torch
 from distill.couplings import Coupling, noise_for, refuse_pairs
 from distill.denoiser import NetworkDenoiser
 from distill.evaluation import Evaluation
-from distill.guidance import drop_conditions
+from distill.guidance import check_null_share, drop_conditions
 from distill.methods.base import Method
 from distill.optimization import Optimization
 from distill.space import ModelSpace
@@ -50,10 +50,7 @@ class DenoisingTraining(Method):
         space: ModelSpace | None = None,
     ):
         super().__init__(student, None, None, optimization, evaluation, space)
-        if not 0 <= null_probability < 1:
-            raise ValueError(f"null_probability={null_probability}: give a share in [0, 1).")
-        if null_probability and student.num_classes is not None and not student.null_class:
-            raise ValueError(f"null_probability={null_probability}: the network has no null class; set it to 0.")
+        check_null_share(null_probability, student)
         self.times, self.weight, self.null_probability = times, weight or ConstantWeight(), null_probability
         self.coupling = coupling
 

@@ -24,7 +24,7 @@ import torch
 from distill.denoiser import Denoiser
 from distill.distances import Distance, SquaredDistance
 from distill.evaluation import Evaluation
-from distill.guidance import GuidanceRule, drop_conditions
+from distill.guidance import GuidanceRule, check_null_share, drop_conditions
 from distill.lora import LoRA, start_student
 from distill.methods.base import Method
 from distill.optimization import Optimization
@@ -80,7 +80,9 @@ class PiecewiseFlow(Method):
     ):
         if student is not None and lora is not None:
             raise ValueError(f"model.student and model.lora={lora} are both set: LoRA stands on the teacher; set one only.")
-        _check_numbers(teacher, solver_steps, null_probability)
+        if solver_steps < 1:
+            raise ValueError(f"solver_steps={solver_steps}: give at least one step a window.")
+        check_null_share(null_probability, teacher)
         sampler, schedule = PiecewiseSampler(windows, parameterisation), schedule or teacher.schedule
         sampler.flow.check(schedule)
         _check_evaluation(evaluation, windows)
@@ -138,16 +140,6 @@ class PiecewiseFlow(Method):
                 f"The checkpoint's student was trained with {saved}, but model has {own}: give the same, or start a new run."
             )
         super().on_load_checkpoint(checkpoint)
-
-
-def _check_numbers(teacher: Denoiser, solver_steps: int, null_probability: float) -> None:
-    """Raises ValueError for numbers out of their range."""
-    if solver_steps < 1:
-        raise ValueError(f"solver_steps={solver_steps}: give at least one step a window.")
-    if not 0 <= null_probability < 1:
-        raise ValueError(f"null_probability={null_probability}: give a share in [0, 1).")
-    if null_probability and teacher.num_classes is not None and not teacher.null_class:
-        raise ValueError(f"null_probability={null_probability}: the network has no null class; set it to 0.")
 
 
 def _check_evaluation(evaluation: Evaluation, windows: int) -> None:

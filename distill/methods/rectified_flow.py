@@ -20,7 +20,7 @@ from distill.denoiser import Denoiser
 from distill.distances import Distance
 from distill.evaluation import Evaluation
 from distill.grids import UniformGrid
-from distill.guidance import GuidanceRule, drop_conditions
+from distill.guidance import GuidanceRule, check_null_share, drop_conditions
 from distill.lora import LoRA, start_student
 from distill.methods.base import Method
 from distill.optimization import Optimization
@@ -75,8 +75,7 @@ class Reflow(Method):
     ):
         if velocity_distance is None and sample_distance is None:
             raise ValueError("velocity_distance and sample_distance are both null: set at least one, e.g. SquaredDistance.")
-        if not 0 <= null_probability < 1:
-            raise ValueError(f"null_probability={null_probability}: give a share in [0, 1).")
+        check_null_share(null_probability, teacher)
         super().__init__(start_student(teacher, lora), teacher, guidance, optimization, evaluation, space)
         self.schedule, self.times = RectifiedFlow(), times
         self.velocity_distance, self.velocity_weight = velocity_distance, velocity_weight or ConstantWeight()
