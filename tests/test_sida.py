@@ -140,3 +140,8 @@ def test_two_turns_move_both_players_and_count_one_evaluation_of_the_fake_networ
 def test_guided_fake_scores_have_no_features(settings: Any):
     with pytest.raises(ValueError, match="a guided pair has no features; set both to null"):
         method(JointAdversarial(), **settings)
+
+
+def test_conditions_that_a_discriminator_reads_are_not_dropped():
+    with pytest.raises(ValueError, match="null_probability=0.1 with adversarial.*set it to 0"):
+        method(JointAdversarial(), fake_score=FakeScore(FixedTimes(), PredictionWeight("flow"), null_probability=0.1))

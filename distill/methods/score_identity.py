@@ -74,6 +74,11 @@ class ScoreIdentity(ScoreDistillation):
                 f"adversarial is set with fake_guidance={fake_guidance} and fake_score.guidance={fake_score.guidance}: "
                 "a guided pair has no features; set both to null."
             )
+        if adversarial is not None and fake_score.null_probability:
+            raise ValueError(
+                f"fake_score.null_probability={fake_score.null_probability} with adversarial: its discriminator reads the fake "
+                "score's features of every condition; set it to 0."
+            )
         parts = (teacher, sampler, times, fake_score, optimization, evaluation)
         super().__init__(*parts, guidance, fake_guidance, student, lora, space)
         self.alpha, self.adversarial, self.reads_data = alpha, adversarial, adversarial is not None
