@@ -1,9 +1,11 @@
-"""Shards of encoded samples: WebDataset tars of plain arrays, with a manifest beside each that says what made them.
+"""Shards of samples made beforehand: WebDataset tars of plain arrays, with a manifest beside each that says what made them.
 
-``00003-of-00010.tar`` holds ``__header__`` (JSON), ``__null__`` (safetensors: null conditions that all samples share), and for
-each sample ``KEY.x0.npy``, ``KEY.<condition>.npy`` and ``KEY.txt`` (its prompt); WebDataset skips the first two. The manifest
-``00003-of-00010.json`` is written last: ``header`` again, ``count``, ``bytes``, ``sha256`` of the tar, and ``offsets``, where
-each sample begins and the last one ends. Nothing is ever unpickled.
+Two kinds: encoded samples (tools/encode_latents.py) and noise-sample pairs (tools/make_pairs.py). ``00003-of-00010.tar`` holds
+``__header__`` (JSON), ``__null__`` (safetensors: null conditions that all samples share), and the members of each sample, such
+as ``KEY.x0.npy``, ``KEY.<condition>.npy``, ``KEY.txt``; WebDataset skips the first two. The manifest ``00003-of-00010.json`` is
+written last: ``header`` again, ``count``, ``bytes`` and ``sha256`` of the tar, ``offsets``, where each sample begins and the
+last one ends, ``first``, the number of the first sample, ``members``, their names, and ``places``, where the bytes of each
+member begin, how many they are, and their check sum: samples are read by these alone. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -11,18 +13,28 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Literal
 
 import numpy
 from torch import Tensor
 
+from datamodules.members import checksum
+
 FORMAT = 1
-AGAIN = "encode it again by tools/encode_latents.py"
-MADE_BY = ("codec", "conditioner")
+Kind = Literal["encoded", "pairs"]
+TOOLS = {"encoded": "tools/encode_latents.py", "pairs": "tools/make_pairs.py"}
+MADE_BY = ("codec", "conditioner", "teacher")
+MAY_DIFFER = ("shard", "computed_by")
+EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds")
+"""Conditions that may be stored in half precision."""
+OWN_NULL = ("time_ids", "resolution", "aspect_ratio")
+"""Conditions whose null is the condition itself; all other null conditions are the same for all samples."""
+OPEN_FILES = 256
 
 
 def shard_name(shard: int, of: int) -> str:
@@ -31,71 +43,51 @@ def shard_name(shard: int, of: int) -> str:
 
 
 def differences(header: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The keys in which two headers of one folder may not differ and do: all but ``shard``, and where codecs were read from."""
+    """The keys in which two headers of one folder may not differ and do.
 
-    def content(of: Mapping[str, Any], key: str) -> Any:
-        value = of.get(key)
-        return (value or {}).get("sha256") if key in MADE_BY else value
-
-    return [key for key in {**header, **other} if key != "shard" and content(header, key) != content(other, key)]
-
-
-# --------------------------------------------------------------------------------------------------------------- writing
-
-
-class _Hashing:
-    """A file that is only written to, and the hash and number of its bytes."""
-
-    def __init__(self, file: IO[bytes]):
-        self.file, self.digest, self.bytes = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.bytes += len(data)
-        return self.file.write(data)
-
-
-def write_shard(
-    file: IO[bytes],
-    header: Mapping[str, Any],
-    null: Mapping[str, Tensor],
-    samples: Iterable[tuple[str, dict[str, Any], str | None]],
-) -> dict[str, Any]:
-    """Writes a tar and returns its manifest.
-
-    Args:
-        file: to write to.
-        header: what made the samples; JSON.
-        null: null conditions ``(1, ...)`` that all samples share.
-        samples: of each its key, its arrays by name, and its prompt or None.
+    Which shard it is, and by what torch, NumPy and device it was computed, may differ.
     """
-    from safetensors.torch import save
-    from webdataset import TarWriter
-
-    hashing, offsets = _Hashing(file), []
-    with TarWriter(hashing, encoder=False, mtime=0) as writer:
-        shared = save({name: row.contiguous() for name, row in null.items()})
-        for name, content in {"__header__": json.dumps(header).encode(), "__null__": shared}.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            writer.tarstream.addfile(entry, io.BytesIO(content))
-        for key, arrays, prompt in samples:
-            offsets.append(writer.tarstream.offset)
-            members: dict[str, Any] = {f"{name}.npy": to_npy(array) for name, array in arrays.items()}
-            writer.write({"__key__": key, **members, **({} if prompt is None else {"txt": prompt.encode()})})
-        offsets.append(writer.tarstream.offset)
-    tar = {"count": len(offsets) - 1, "bytes": hashing.bytes, "sha256": hashing.digest.hexdigest()}
-    return {"header": dict(header), **tar, "offsets": offsets}
+    return [key for key in {**header, **other} if key not in MAY_DIFFER and not same(header, other, key)]
 
 
-def to_npy(array: Any) -> bytes:
-    """An array in NumPy's format, never as a pickle."""
-    stream = io.BytesIO()
-    numpy.lib.format.write_array(stream, numpy.asarray(array), allow_pickle=False)
-    return stream.getvalue()
+def same(header: Mapping[str, Any], other: Mapping[str, Any], key: str) -> bool:
+    """Whether two headers agree in a key. Of codecs, conditioners and teachers the hash counts, not the path."""
+    mine, its = ((of.get(key) or {}).get("sha256") if key in MADE_BY else of.get(key) for of in (header, other))
+    return mine == its
 
 
-# --------------------------------------------------------------------------------------------------------------- reading
+def kind_of(header: Mapping[str, Any]) -> Kind:
+    """The kind of a shard; headers of encoded samples do not say it."""
+    return header.get("kind", "encoded")
+
+
+class OpenFiles:
+    """Reads parts of files, ``OPEN_FILES`` of which are kept open.
+
+    ``pread`` has no position to share: workers that were forked read by the same descriptors. A pickled copy opens its own.
+    """
+
+    def __init__(self) -> None:
+        self.descriptors: dict[Path, int] = {}
+
+    def read(self, file: Path, begin: int, size: int) -> bytes:
+        """Bytes ``begin .. begin + size - 1``, fewer where the file ends."""
+        descriptor = self.descriptors.get(file)
+        return os.pread(self.open(file) if descriptor is None else descriptor, size, begin)
+
+    def open(self, file: Path) -> int:
+        """Opens a file, and closes the one that was opened first if there are too many."""
+        if len(self.descriptors) == OPEN_FILES:
+            os.close(self.descriptors.pop(next(iter(self.descriptors))))
+        self.descriptors[file] = os.open(file, os.O_RDONLY)
+        return self.descriptors[file]
+
+    def __reduce__(self) -> tuple[type[OpenFiles], tuple[()]]:
+        return OpenFiles, ()
+
+    def __del__(self) -> None:
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -107,120 +99,154 @@ class Shard:
         header: what made it.
         sha256: of the tar.
         offsets: bytes ``(count + 1,)`` at which its samples begin, and at which the last one ends.
+        first: number of its first sample.
+        names: of the members of each sample.
+        places: ``(count, names, 3)`` of each member: where its bytes begin, how many they are, their check sum; None for shards
+            that were written before manifests held them.
     """
 
     file: Path
     header: dict[str, Any]
     sha256: str
     offsets: numpy.ndarray
+    first: int
+    names: list[str]
+    places: numpy.ndarray | None
 
     @property
     def count(self) -> int:
         """Samples in it."""
         return len(self.offsets) - 1
 
-    def read(self, index: int) -> dict[str, numpy.ndarray]:
-        """The arrays of sample ``index`` by name.
+    def read(self, index: int, places: list[list[int]] | None, files: OpenFiles) -> dict[str, bytes | memoryview]:
+        """The members of sample ``index``, which lie at ``places``, by their names (``x0.npy``).
 
         Raises:
-            ValueError: a damaged tar.
+            ValueError: a damaged or truncated tar; names it and the sample's key.
         """
+        if places is None:
+            return self._read_by_tarfile(index, files)
+        start, (last, size, _) = places[0][0], places[-1]
+        content = memoryview(files.read(self.file, start, last + size - start))
+        members: dict[str, bytes | memoryview] = {}
+        for name, (begin, size, expected) in zip(self.names, places):
+            members[name] = data = content[begin - start : begin - start + size]
+            if checksum(data) != expected:
+                raise self.damaged(index, f"{name}: not the bytes that were written")
+        return members
+
+    def _read_by_tarfile(self, index: int, files: OpenFiles) -> dict[str, bytes | memoryview]:
         from webdataset.tariterators import tar_file_iterator
 
         first, last = self.offsets[index : index + 2].tolist()
-        with open(self.file, "rb") as file:
-            file.seek(first)
-            content = file.read(last - first)
+        content = io.BytesIO(files.read(self.file, first, last - first))
         try:
-            members = [(entry["fname"].partition(".")[2], entry["data"]) for entry in tar_file_iterator(io.BytesIO(content))]
-            arrays = {name.removesuffix(".npy"): from_npy(data) for name, data in members if name.endswith(".npy")}
-        except (tarfile.TarError, ValueError, EOFError) as error:
-            raise ValueError(f"{self.file}: sample {index} is damaged ({error}); {AGAIN}.") from error
-        if "x0" not in arrays:
-            raise ValueError(f"{self.file}: sample {index} is damaged (there is no x0); {AGAIN}.")
-        return arrays
+            return {entry["fname"].partition(".")[2]: entry["data"] for entry in tar_file_iterator(content)}
+        except (tarfile.TarError, EOFError, ValueError) as error:
+            raise self.damaged(index, error) from error
+
+    def damaged(self, index: int, reason: object) -> ValueError:
+        """The error to raise of sample ``index``."""
+        return ValueError(
+            f"{self.file}: sample {self.first + index:09d} is damaged ({reason}); delete it and {again(kind_of(self.header))}."
+        )
 
     def null(self) -> dict[str, Tensor]:
         """Null conditions ``(1, ...)`` that all samples share."""
         from safetensors.torch import load
 
-        return load(_leading_members(self.file)["__null__"])
+        return load(_leading_members(self.file, kind_of(self.header))["__null__"])
 
 
-def from_npy(data: bytes) -> numpy.ndarray:
-    """An array in NumPy's format. Raises ValueError for a pickle or what is no array."""
-    return numpy.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+def again(kind: Kind) -> str:
+    """What to do about a shard that cannot be used."""
+    return f"make it again by {TOOLS[kind]}"
 
 
-def _leading_members(file: Path) -> dict[str, bytes]:
+def _leading_members(file: Path, kind: Kind) -> dict[str, bytes]:
     """``__header__`` and ``__null__``, without a walk through the whole tar."""
     try:
         with tarfile.open(file, "r:") as archive:
             entries = [archive.next() for _ in range(2)]
             return {entry.name: archive.extractfile(entry).read() for entry in entries if entry}  # type: ignore[union-attr]
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{file}: not a tar ({error}); {AGAIN}.") from error
+        raise ValueError(f"{file}: not a tar ({error}); {again(kind)}.") from error
 
 
-def read_manifest(path: Path, verify: bool = False) -> Shard:
+def read_manifest(path: Path, kind: Kind, verify: bool = False) -> Shard:
     """The shard of a manifest, whose tar is there, whole, and says the same of itself.
 
     Args:
         path: the manifest.
+        kind: of shards that are expected: says what to make a broken one again by.
         verify: whether the whole tar is read and its hash compared, not only its size and header.
 
     Raises:
         FileNotFoundError: there is no tar.
         ValueError: the manifest is broken or of another format; the tar is truncated, damaged, or not the manifest's.
     """
-    try:
-        manifest = json.loads(path.read_text())
-        header, offsets = manifest["header"], numpy.array(manifest["offsets"], numpy.int64)
-        size, digest, count = manifest["bytes"], manifest["sha256"], manifest["count"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a manifest of encoded samples ({error!r}); {AGAIN}.") from error
-    if header.get("format") != FORMAT or len(offsets) != count + 1:
-        raise ValueError(f"{path}: format {header.get('format')} is not known, this version reads {FORMAT}; {AGAIN}.")
-    file = path.with_suffix(".tar")
+    file, redo = path.with_suffix(".tar"), again(kind)
+    shard, size = _parse(path, kind)
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: missing, though {path.name} says that it is finished; {AGAIN}.")
-    if file.stat().st_size != size:
-        raise ValueError(f"{file}: has {file.stat().st_size} bytes, {path.name} says {size}: truncated or replaced; {AGAIN}.")
-    inside = _leading_members(file).get("__header__")
-    if inside is None or json.loads(inside) != header:
-        raise ValueError(f"{file}: its own header is not that of {path.name}: not the tar that was made with it; {AGAIN}.")
+        raise FileNotFoundError(f"{file}: missing, though {path.name} says that it is finished; {redo}.")
+    if (found := file.stat().st_size) != size:
+        raise ValueError(f"{file}: has {found} bytes, {path.name} says {size}: truncated or replaced; {redo}.")
+    inside = _leading_members(file, kind).get("__header__")
+    if inside is None or json.loads(inside) != shard.header:
+        raise ValueError(f"{file}: its own header is not that of {path.name}: not the tar that was made with it; {redo}.")
     if verify:
         with open(file, "rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != digest:
-            raise ValueError(f"{file}: sha256 {found[:12]}, {path.name} says {digest[:12]}: damaged; {AGAIN}.")
-    return Shard(file, header, digest, offsets)
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != shard.sha256:
+            own = f"sha256 {digest[:12]}, {path.name} says {shard.sha256[:12]}"
+            raise ValueError(f"{file}: {own}: damaged; delete it and {redo}.")
+    return shard
 
 
-def read_folder(folder: str | Path, verify: bool = False) -> list[Shard]:
+def _parse(path: Path, kind: Kind) -> tuple[Shard, int]:
+    """What a manifest says: the shard, and the bytes of its tar. Raises as `read_manifest`."""
+    try:
+        manifest = json.loads(path.read_text())
+        header, count, size, digest = (manifest[key] for key in ("header", "count", "bytes", "sha256"))
+        known = header.get("format")
+        offsets = numpy.array(manifest["offsets"], numpy.int64)
+        names, places = manifest.get("members", []), None
+        if "places" in manifest:
+            places = numpy.array(manifest["places"], numpy.int64).reshape(count, len(names), 3)
+        first = manifest["first"] if "first" in manifest else header["shard"] * header["total"] // header["of"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a manifest of shards ({error!r}); {again(kind)}.") from error
+    if known != FORMAT or len(offsets) != count + 1:
+        raise ValueError(f"{path}: format {known} is not known, this version reads {FORMAT}; {again(kind)}.")
+    return Shard(path.with_suffix(".tar"), header, digest, offsets, first, names, places), size
+
+
+def read_folder(folder: str | Path, kind: Kind, verify: bool = False) -> list[Shard]:
     """All shards of a folder, in order.
 
     Raises:
         FileNotFoundError: no folder, no manifest, missing shards.
-        ValueError: see `read_manifest`; shards that were made by different things.
+        ValueError: see `read_manifest`; shards of another kind, or that were made by different things.
     """
     folder = Path(folder)
     paths = sorted(folder.glob("*-of-*.json"))
     if not paths:
-        state = "holds no manifest of encoded samples (*-of-*.json)" if folder.is_dir() else "there is no such folder"
-        raise FileNotFoundError(f"folder={str(folder)!r}: {state}; make one by tools/encode_latents.py.")
-    shards = [read_manifest(path, verify) for path in paths]
+        state = "holds no manifest (*-of-*.json)" if folder.is_dir() else "there is no such folder"
+        raise FileNotFoundError(f"folder={str(folder)!r}: {state}; make one by {TOOLS[kind]}.")
+    shards = [read_manifest(path, kind, verify) for path in paths]
     first = shards[0].header
+    if kind_of(first) != kind:
+        raise ValueError(f"folder={str(folder)!r}: made by {TOOLS[kind_of(first)]}; give one that {TOOLS[kind]} made.")
     for path, shard in zip(paths, shards):
         if keys := differences(first, shard.header):
             raise ValueError(
                 f"folder={str(folder)!r}: {paths[0].name} and {path.name} differ in {keys[0]}: {first.get(keys[0])} and "
-                f"{shard.header.get(keys[0])}; {AGAIN}."
+                f"{shard.header.get(keys[0])}; make all of them again by the same command, {TOOLS[kind]}."
             )
     missing = sorted(set(range(first["of"])) - {shard.header["shard"] for shard in shards})
     if missing:
         raise FileNotFoundError(
             f"folder={str(folder)!r}: {len(missing)} of {first['of']} shards are missing "
-            f"({shard_name(missing[0], first['of'])} first): run tools/encode_latents.py as before, it makes those alone."
+            f"({shard_name(missing[0], first['of'])} first): run {TOOLS[kind]} as before, it makes those alone."
         )
     return shards

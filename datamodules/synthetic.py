@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.ordered import OrderedDataModule
+from distill.noise import SeededNoise
 from distill.types import Batch, DataSpec, label_conditions
 
 
@@ -15,10 +16,13 @@ class _Rows(Dataset):
     """Batches of the images with given numbers."""
 
     def __init__(self, module: SyntheticDataModule):
-        self.batch_of, self.shape = module.batch_of, module.spec.shape
+        self.batch_of, self.spec = module.batch_of, module.spec
 
     def __getitem__(self, items: Tensor) -> Batch:
-        return self.batch_of(torch.stack([random_image(int(item), self.shape) for item in items]), items)
+        batch = self.batch_of(torch.stack([random_image(int(item), self.spec.shape) for item in items]), items)
+        if self.spec.paired:
+            batch.noise = SeededNoise(0, items.tolist(), self.spec.shape).draw()
+        return batch
 
 
 def random_image(item: int, shape: tuple[int, ...]) -> Tensor:
@@ -34,6 +38,7 @@ class SyntheticDataModule(OrderedDataModule):
         shape: of an image, ``(channels, height, width)``.
         num_classes: None for data without labels.
         prompts: whether batches carry prompts.
+        paired: whether batches carry noise, image number i always the same: for recipes that train on pairs.
         size: number of images.
         batch_size, num_workers, seed, batches_per_epoch, eval_batch_size: see `OrderedDataModule`.
 
@@ -52,6 +57,7 @@ class SyntheticDataModule(OrderedDataModule):
         seed: int = 0,
         batches_per_epoch: int = 100,
         eval_batch_size: int = 16,
+        paired: bool = False,
     ):
         super().__init__(batch_size, num_workers, seed, batches_per_epoch, eval_batch_size)
         if min(shape) < 1:
@@ -59,7 +65,7 @@ class SyntheticDataModule(OrderedDataModule):
         for key, value in (("num_classes", num_classes), ("size", size)):
             if value is not None and value < 1:
                 raise ValueError(f"{key}={value}: give a number of at least 1.")
-        self.size, self.spec = size, DataSpec(tuple(shape), num_classes, prompts)
+        self.size, self.spec = size, DataSpec(tuple(shape), num_classes, prompts, paired=paired)
 
     def batch_of(self, images: Tensor | None, items: Tensor, labels: Tensor | None = None) -> Batch:
         """A batch of images, or of none, with the prompts of these numbers ``(b,)``, and their labels or those given."""

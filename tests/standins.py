@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import tiny_captions
 import tiny_codecs
 import tiny_text
+import torch
 from families import FAMILIES
+
+from distill.denoiser import NetworkDenoiser
+from distill.edm_checkpoints import save_edm
+from distill.networks.edm import EDM
+from distill.schedules import VarianceExploding
 
 
 def write_sd15(folder: Path) -> None:
@@ -28,7 +35,20 @@ def write_sdxl(folder: Path) -> None:
     tiny_codecs.kl(folder)
 
 
-WRITERS = {"sd15": write_sd15, "sdxl": write_sdxl, "captions": tiny_captions.write_captions}
+def write_edm(folder: Path, num_classes: int | None = None) -> None:
+    """A converted EDM network of 8x8 pixels."""
+    torch.manual_seed(0)
+    network = EDM(8, 3, num_classes, "ddpmpp", 16, (1, 2), 1, (4,))
+    save_edm(NetworkDenoiser(network, VarianceExploding(), "edm"), folder)
+
+
+WRITERS = {
+    "sd15": write_sd15,
+    "sdxl": write_sdxl,
+    "captions": tiny_captions.write_captions,
+    "edm_cifar10": write_edm,
+    "edm_imagenet64": partial(write_edm, num_classes=10),
+}
 
 
 def write_standins(root: Path) -> None:

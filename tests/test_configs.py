@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -16,6 +17,8 @@ import numpy
 import pytest
 import torch
 import yaml
+from resuming import train_cut_and_whole
+from script import load_script
 from standins import write_standins
 
 from distill.checkpoints import read_checkpoint
@@ -30,19 +33,28 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FRAGMENTS = ("data", "teachers", "spaces")
 FILES = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name not in FRAGMENTS)
 OVERRIDES = {path.with_suffix("").with_suffix(".yaml"): path for path in FILES if path.suffixes == [".tiny", ".yaml"]}
-RECIPES = [path for path in FILES if path not in OVERRIDES.values()]
+PAIRS = [path for path in FILES if path.name == "pairs.yaml"]
+"""What tools/make_pairs.py reads."""
+RECIPES = [path for path in FILES if path not in [*OVERRIDES.values(), *PAIRS]]
+make_pairs = load_script("make_pairs")
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 QUICK = ["--data.init_args.batch_size=8", *QUIET]
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder in which the digits recipes find an untrained teacher of the right kind."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def write_digits_teachers() -> None:
+    """Untrained networks of the right kind where the digits recipes find their teachers."""
     torch.manual_seed(0)
     network = UNet2D(num_classes=10, channels=(32, 64), layers_per_block=1)
-    save_denoiser(NetworkDenoiser(network, RectifiedFlow(), "flow"), "runs/digits/teacher/export")
+    for name in ("teacher", "reflow"):
+        save_denoiser(NetworkDenoiser(network, RectifiedFlow(), "flow"), f"runs/digits/{name}/export")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder in which the digits recipes find teachers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write_digits_teachers()
     return tmp_path
 
 
@@ -54,6 +66,35 @@ def standins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def made_pairs(standins: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of all teachers, made by the tool once, in the folders where the recipes look for them."""
+    root = tmp_path_factory.mktemp("pairs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        write_digits_teachers()
+        Path("runs/tiny").symlink_to(standins)
+        Path("data").mkdir()
+        Path("data/prompts.txt").write_text("a photo of the digit seven\na photo of the digit two\n")
+        for name, more in PAIR_FOLDERS.items():
+            config = CONFIGS / name.split("_")[0] / "pairs.yaml"
+            tiny = ["--config", str(OVERRIDES[config])] if config in OVERRIDES else []
+            make_pairs.main(["--config", str(config), *tiny, *more, "--out", f"data/pairs/{name}"])
+    return root / "data"
+
+
+FEW = ["--steps=1", "--count=16"]
+PAIR_FOLDERS = {
+    "digits": FEW,
+    "digits_real": ["--steps=2", "--count=null", "--invert=true"],
+    "digits_reflow": [*FEW, "--teacher.init_args.path=runs/digits/reflow/export"],
+    "cifar10": [],
+    "imagenet64": [],
+    "sd15": [],
+    "sd15_reflow": ["--guidance.init_args.scale=1.5"],
+}
+
+
 def turns_before_the_student(recipe: Path) -> int:
     """Batches until each player of a recipe has had a turn, but for the student's: 1 where there is no fake score."""
     settings = yaml.safe_load(recipe.read_text())["model"]["init_args"]
@@ -61,9 +102,13 @@ def turns_before_the_student(recipe: Path) -> int:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_recipe_trains_two_steps(recipe: Path, folder: Path, standins: Path) -> None:
+def test_every_recipe_trains_two_steps(
+    recipe: Path, folder: Path, standins: Path, request: pytest.FixtureRequest
+) -> None:
     """Those for full-size teachers through the tiny override beside them: it changes sizes, places and the data."""
     Path("runs/tiny").symlink_to(standins)
+    if "data/pairs/" in recipe.read_text() or "pairs_digits.yaml" in recipe.read_text():
+        Path("data").symlink_to(request.getfixturevalue("made_pairs"))
     Path("runs/captions").symlink_to(standins / "captions")
     tiny = OVERRIDES.get(recipe)
     more = QUICK if tiny is None else ["--config", str(tiny), *QUIET]
@@ -77,6 +122,25 @@ def test_every_recipe_trains_two_steps(recipe: Path, folder: Path, standins: Pat
     momenta = [moments["exp_avg"].any() for moments in state["optimizer_states"][0]["state"].values()]
     assert sum(momenta) > 0.25 * len(momenta) > 0
     load_run("run")
+
+
+@pytest.mark.parametrize("name", ["reflow", "reflow_pp", "perflow"])
+def test_flow_recipes_resume_to_the_bit(name: str, folder: Path, made_pairs: Path) -> None:
+    """Pairs of one folder and of two, and windows that are solved in the loop."""
+    Path("data").symlink_to(made_pairs)
+    train_cut_and_whole(str(CONFIGS / f"digits/{name}.yaml"), *QUICK, "--trainer.limit_val_batches=0")
+
+
+def test_pairs_are_trained_on_and_real_digits_validated_on(folder: Path, made_pairs: Path) -> None:
+    """One batch: distances of the student's samples to the real digits, and the measures of both flows."""
+    Path("data").symlink_to(made_pairs)
+    one = ["--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.limit_val_batches=1", *QUICK]
+    main(["fit", "--config", str(CONFIGS / "digits/reflow.yaml"), *one])
+    rows = list(csv.DictReader(Path("runs/digits/reflow/csv/metrics.csv").open()))
+    logged = {key: float(value) for row in rows for key, value in row.items() if value and key.startswith("val/")}
+    assert {"val/frechet_pixels/1", "val/accuracy/4", "val/transport_cost"} < logged.keys()
+    # The student has hardly moved from its teacher.
+    assert 0 < logged["val/straightness"] == pytest.approx(logged["val/teacher_straightness"], rel=0.2)
 
 
 def test_the_trained_teacher_is_exported_also_by_a_run_that_was_cut_just_before(folder: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from published_edm import CASES, fill, network, picture, shapes_of, write_network, write_pickle
+from script import load_script
 
 import distill.networks.edm2_modules
 import distill.networks.edm_modules
@@ -21,9 +21,7 @@ from distill.networks.edm import EDM
 from distill.networks.edm_modules import Resample
 from distill.schedules import VarianceExploding
 
-SPEC = importlib.util.spec_from_file_location("convert_edm", Path(__file__).parents[1] / "tools" / "convert_edm.py")
-convert_edm = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(convert_edm)
+convert_edm = load_script("convert_edm")
 
 # F of NVlabs/edm (commit 008a4e5) and NVlabs/edm2 (4bf8162) at positions 0, 77, 191, 192, 250, 383 of `picture`, and its mean
 # square, for networks with the weights of `published_edm.fill`.

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy
 import pytest
 import tiny_samples
 import torch
+from script import load_script
 
 from datamodules.encoded import EncodedDataModule
 from datamodules.pictures import Pictures
@@ -19,10 +17,7 @@ from distill.conditioners import ClipConditioner, StableDiffusionXLConditioner
 from distill.space import ModelSpace
 from distill.types import Batch, DataSpec
 
-SPEC = importlib.util.spec_from_file_location("encode_latents", Path(__file__).parents[1] / "tools" / "encode_latents.py")
-tool = importlib.util.module_from_spec(SPEC)
-sys.modules["encode_latents"] = tool
-SPEC.loader.exec_module(tool)
+tool = load_script("encode_latents")
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +103,8 @@ def test_draws_are_of_the_codecs_law_and_depend_on_the_seed(recipe, towers, tmp_
 def test_embeddings_in_half_precision_and_nothing_else(recipe, towers, tmp_path):
     whole = encode(recipe, tmp_path / "whole").data[torch.arange(7)]
     half = encode(recipe, tmp_path / "half", "--embeddings", "float16").data
-    raw = half.shards[0].read(0)
-    assert raw["prompt_embeds"].dtype == numpy.float16 and raw["x0"].dtype == numpy.float32
+    raw = half.read(torch.tensor([0]))
+    assert raw["prompt_embeds.npy"].dtype == numpy.float16 and raw["x0.npy"].dtype == numpy.float32
     batch = half[torch.arange(7)]
     assert batch.cond["prompt_embeds"].dtype == torch.float32
     assert torch.equal(batch.cond["prompt_embeds"], whole.cond["prompt_embeds"].half().float())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
+import pickle
 
 import numpy
 import pytest
@@ -13,7 +13,9 @@ from helpers import trainer
 from pytorch_lightning import LightningModule
 
 from datamodules.encoded import EncodedDataModule
-from datamodules.shards import from_npy, read_folder, shard_name, to_npy, write_shard
+from datamodules.members import from_npy, to_npy
+from datamodules.shard_writing import write_shard
+from datamodules.shards import read_folder, shard_name
 from distill.codecs import IdentityCodec
 from distill.space import ModelSpace
 from distill.types import DataSpec
@@ -43,6 +45,10 @@ def sample(number: int) -> dict:
     }
 
 
+def members(arrays: dict, number: int) -> dict[str, bytes]:
+    return {f"{name}.npy": to_npy(array) for name, array in arrays.items()} | {"txt": f"prompt {number}".encode()}
+
+
 def write(folder, shard: int, of: int, total: int, make=sample, null=NULL, **header):
     """One shard of ``total`` samples, in ``folder``; returns its path without an ending."""
     folder.mkdir(exist_ok=True)
@@ -50,7 +56,7 @@ def write(folder, shard: int, of: int, total: int, make=sample, null=NULL, **hea
     numbers = range(shard * total // of, (shard + 1) * total // of)
     header = HEADER | {"of": of, "total": total, "shard": shard} | header
     with open(path.with_suffix(".tar"), "wb") as file:
-        manifest = write_shard(file, header, null, ((f"{i:09d}", make(i), f"prompt {i}") for i in numbers))
+        manifest = write_shard(file, header, null, numbers[0], (members(make(i), i) for i in numbers))
     path.with_suffix(".json").write_text(json.dumps(manifest))
     return path
 
@@ -87,6 +93,46 @@ def test_samples_are_what_was_written(folder):
     assert batch.null["prompt_embeds"].stride(0) == 0 and torch.equal(batch.null["time_ids"], batch.cond["time_ids"])
 
 
+def test_shards_of_before_there_were_places_are_read_and_damage_is_named(folder, tmp_path):
+    old = copy(folder, tmp_path / "old")
+    for path in old.glob("*.json"):
+        manifest = json.loads(path.read_text())
+        kept = {key: manifest[key] for key in ("header", "count", "bytes", "sha256", "offsets")}
+        path.write_text(json.dumps(kept))
+    items = torch.tensor([10, 0, 5])
+    new, found = EncodedDataModule(str(folder)), EncodedDataModule(str(old))
+    assert torch.equal(found.data[items].x0, new.data[items].x0) and found.spec == new.spec
+    assert torch.equal(found.data[items].cond["time_ids"], new.data[items].cond["time_ids"]) and found.order() == new.order()
+    file = old / "00001-of-00003.tar"
+    content, start = bytearray(file.read_bytes()), new.data.shards[1].offsets[2]
+    content[start : start + 600] = b"x" * 600
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="00001-of-00003.tar: sample 000000005 is damaged"):
+        found.data[torch.tensor([5])]
+
+
+def test_every_single_byte_of_a_member_is_guarded(folder, tmp_path):
+    file = copy(folder, tmp_path / "bit") / "00000-of-00003.tar"
+    module = EncodedDataModule(str(file.parent))
+    content = bytearray(file.read_bytes())
+    begin, size, _ = module.data.shards[0].places[2, module.data.shards[0].names.index("x0.npy")].tolist()
+    content[begin + size - 1] ^= 1  # the last bit of a value: still an array of the right shape
+    file.write_bytes(content)
+    assert len(module.data[torch.tensor([0, 1, 3])]) == 3
+    with pytest.raises(ValueError, match="00000-of-00003.tar: sample 000000002 is damaged .x0.npy: not the bytes that"):
+        module.data[torch.tensor([2])]
+
+
+def test_more_shards_than_files_that_are_kept_open(folder, monkeypatch):
+    monkeypatch.setattr("datamodules.shards.OPEN_FILES", 2)
+    rows = EncodedDataModule(str(folder)).data
+    order = torch.tensor([0, 4, 8, 1, 9, 5, 10, 2])
+    firsts = [float(sample(number)["x0"][0, 0, 0]) for number in order.tolist()]
+    assert rows[order].x0[:, 0, 0, 0].tolist() == pytest.approx(firsts) and len(rows.files.descriptors) == 2
+    copied = pickle.loads(pickle.dumps(rows))
+    assert not copied.files.descriptors and torch.equal(copied[order].x0, rows[order].x0)
+
+
 def test_webdataset_reads_the_same_samples(folder):
     from webdataset import WebDataset
 
@@ -94,7 +140,7 @@ def test_webdataset_reads_the_same_samples(folder):
     assert [entry["__key__"] for entry in found] == [f"{i:09d}" for i in range(11)]
     for number, entry in enumerate(found):
         assert {key for key in entry if key[0] != "_"} == {"x0.npy", "prompt_embeds.npy", "time_ids.npy", "txt"}
-        assert numpy.array_equal(from_npy(entry["x0.npy"]), sample(number)["x0"])
+        assert numpy.array_equal(from_npy([entry["x0.npy"]])[0], sample(number)["x0"])
         assert entry["txt"] == f"prompt {number}".encode()
 
 
@@ -223,14 +269,14 @@ def test_truncated_and_foreign_tars_are_named(folder, tmp_path):
 
 def test_damage_inside_is_found_by_its_hash_or_when_it_is_read(folder, tmp_path):
     file = copy(folder, tmp_path / "damaged") / "00001-of-00003.tar"
-    shard = read_folder(file.parent)[1]
+    shard = read_folder(file.parent, "encoded")[1]
     content = bytearray(file.read_bytes())
     content[shard.offsets[1] : shard.offsets[1] + 600] = b"x" * 600
     file.write_bytes(content)
     with pytest.raises(ValueError, match="00001-of-00003.tar: sha256 .*: damaged"):
         EncodedDataModule(str(file.parent), verify=True)
     module = EncodedDataModule(str(file.parent))
-    with pytest.raises(ValueError, match="00001-of-00003.tar: sample 1 is damaged"):
+    with pytest.raises(ValueError, match="00001-of-00003.tar: sample 000000004 is damaged"):
         module.data[torch.tensor([4])]
     assert EncodedDataModule(str(folder), verify=True).data[torch.tensor([4])].encoded
 
@@ -269,22 +315,15 @@ def test_a_pickle_in_a_shard_is_not_executed(tmp_path):
     stream = io.BytesIO()
     numpy.lib.format.write_array(stream, numpy.array([Evil()], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError):
-        from_npy(stream.getvalue())
+        from_npy([stream.getvalue()])
     with pytest.raises(ValueError):
         to_npy(numpy.array([Evil()], dtype=object))
-    path = write(tmp_path / "evil", 0, 1, 1)
-    manifest = json.loads(path.with_suffix(".json").read_text())
-    head = path.with_suffix(".tar").read_bytes()[: manifest["offsets"][0]]
-    body = io.BytesIO()
-    with tarfile.open(fileobj=body, mode="w") as archive:
-        entry = tarfile.TarInfo("000000000.x0.npy")
-        entry.size = len(stream.getvalue())
-        archive.addfile(entry, io.BytesIO(stream.getvalue()))
-    path.with_suffix(".tar").write_bytes(head + body.getvalue())
-    manifest["offsets"] = [len(head), len(head) + len(body.getvalue())]
-    manifest["bytes"] = len(head) + len(body.getvalue())
+    path = tmp_path / "evil" / shard_name(0, 1)
+    path.parent.mkdir()
+    with open(path.with_suffix(".tar"), "wb") as file:
+        manifest = write_shard(file, HEADER | {"of": 1, "total": 1, "shard": 0}, NULL, 0, [{"x0.npy": stream.getvalue()}])
     path.with_suffix(".json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="sample 0 is damaged"):
+    with pytest.raises(ValueError, match="sample 000000000 is damaged"):
         EncodedDataModule(str(path.parent)).data[torch.tensor([0])]
     assert not flag.exists()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -15,13 +14,12 @@ from families import FAMILIES
 from hub_cache import COMMIT, Repository, put, use_cache
 from huggingface_hub import constants
 from jsonargparse import Namespace
+from script import load_script
 
 from distill.pretrained import PretrainedDenoiser
 
 ROOT = Path(__file__).resolve().parent.parent
-SPEC = importlib.util.spec_from_file_location("fetch", ROOT / "tools" / "fetch.py")
-fetch = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(fetch)
+fetch = load_script("fetch")
 
 CONFIG = """
 model:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from script import load_script
 
 from distill.metrics import DigitsAccuracy, FrechetDistance, PixelFeatures, to_uint8
 from distill.metrics.digits import real_digits
 
-SPEC = importlib.util.spec_from_file_location("fid", Path(__file__).parents[1] / "tools" / "fid.py")
-fid = importlib.util.module_from_spec(SPEC)
-sys.modules["fid"] = fid
-SPEC.loader.exec_module(fid)
+fid = load_script("fid")
 
 IMAGES, LABELS = real_digits()
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from datamodules.synthetic import SyntheticDataModule, random_image
+from distill.noise import SeededNoise
 
 
 def test_images_are_the_same_in_every_run_and_uniform():
@@ -70,3 +71,14 @@ def test_spec_says_what_comes():
 def test_bad_settings_are_named(settings, words):
     with pytest.raises(ValueError, match=words):
         SyntheticDataModule(**settings)
+
+
+def test_paired_images_bring_their_own_noise():
+    data = SyntheticDataModule((1, 2, 3), 5, size=6, paired=True, batch_size=6, seed=3)
+    assert data.spec.paired and data.spec.teacher is None and not SyntheticDataModule().spec.paired
+    batch = next(iter(data.train_dataloader()))
+    for x0, noise in zip(batch.x0, batch.noise, strict=True):
+        item = next(number for number in range(6) if torch.equal(x0, random_image(number, (1, 2, 3))))
+        assert torch.equal(noise, SeededNoise(0, [item], (1, 2, 3)).draw()[0])
+    assert next(iter(data.val_dataloader())).noise is not None and data.examples(2).noise is None
+    assert next(iter(SyntheticDataModule().train_dataloader())).noise is None

@@ -13,10 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -26,17 +25,16 @@ from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor
 from tqdm import tqdm
 
+from datamodules.members import to_npy
 from datamodules.ordered import OrderedDataModule
 from datamodules.pictures import Pictures
-from datamodules.shards import FORMAT, differences, read_manifest, shard_name, write_shard
+from datamodules.shard_writing import check_finite, save_shard, shared_null, unfinished_shards
+from datamodules.shards import EMBEDDINGS, FORMAT, OWN_NULL
 from distill.checkpoints import atomic_writer
 from distill.cli import DistillCLI, Parser, import_parts
 from distill.space import ModelSpace
 from distill.types import Batch, DataSpec
 
-EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds")
-OWN_NULL = ("time_ids", "resolution", "aspect_ratio")
-"""Conditions whose null is the condition itself; all other null conditions are the same for all samples."""
 NOT_THE_SAMPLES = ("batch_size", "num_workers", "seed", "batches_per_epoch", "eval_batch_size")
 
 
@@ -173,30 +171,24 @@ class Encoder:
         """A condition in the precision in which it is stored."""
         return value.to(getattr(torch, self.arguments.embeddings)) if name in EMBEDDINGS else value
 
-    def shared_null(self, batch: Batch) -> dict[str, Tensor]:
-        """The null conditions ``(1, ...)`` that all samples share, from any batch."""
-        return {name: self.stored(name, value[:1]) for name, value in batch.null.items() if name not in OWN_NULL}
+    def stored_all(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Conditions in the precision in which they are stored."""
+        return {name: self.stored(name, value) for name, value in values.items()}
 
     def rows(
-        self, first: int, numbers: Tensor, batch: Batch, prompts: list[str] | None, shared: dict[str, Tensor]
-    ) -> Iterator[tuple[str, dict[str, Any], str | None]]:
-        """What `write_shard` is given of a batch whose first sample is number ``first`` of all.
+        self, numbers: Tensor, batch: Batch, prompts: list[str] | None, shared: dict[str, Tensor]
+    ) -> Iterator[dict[str, bytes]]:
+        """The members of each sample of a batch.
 
         Raises:
             ValueError: a value that is not finite; a null condition that is not the one that shards can hold.
         """
-        arrays = {name: self.stored(name, value) for name, value in {"x0": batch.x0, **batch.cond}.items()}
-        for name, value in batch.null.items():
-            if not torch.equal(self.stored(name, value), arrays[name] if name in OWN_NULL else shared[name].expand_as(value)):
-                raise ValueError(f"the null condition {name!r} changes from sample to sample, which shards cannot hold.")
-        for name, value in arrays.items():
-            finite = torch.isfinite(value).reshape(len(value), -1).all(1)
-            if not finite.all():
-                bad = numbers[~finite][:5].tolist()
-                raise ValueError(f"{name} of samples {bad} is not finite: compute (model.space) and store in float32.")
+        arrays = self.stored_all({"x0": batch.x0, **batch.cond})
+        shared_null(arrays, self.stored_all(batch.null), OWN_NULL, shared)
+        check_finite(arrays, numbers, "compute (model.space) and store in float32")
         for row in range(len(numbers)):
-            sample = {name: value[row].numpy() for name, value in arrays.items()}
-            yield f"{first + row:09d}", sample, None if prompts is None else prompts[row]
+            sample = {f"{name}.npy": to_npy(value[row].numpy()) for name, value in arrays.items()}
+            yield sample if prompts is None else sample | {"txt": prompts[row].encode()}
 
     def shard(self, header: dict[str, Any], items: Tensor) -> None:
         """Writes one shard of ``items`` and, when it is whole, its manifest."""
@@ -204,14 +196,9 @@ class Encoder:
         torch.manual_seed(int(numpy.random.SeedSequence((self.arguments.seed, header["shard"])).generate_state(1)[0]))
         batches = self.batches(items[start:end])
         opening = next(batches)
-        shared = self.shared_null(opening[1])
-        places = range(start, end, self.arguments.batch_size)
-        rows = (self.rows(place, *part, shared) for place, part in zip(places, chain([opening], batches)))
-        path = Path(self.arguments.out) / shard_name(header["shard"], header["of"])
-        with atomic_writer(path.with_suffix(".tar")) as file:
-            manifest = write_shard(file, header, shared, chain.from_iterable(rows))
-        with atomic_writer(path.with_suffix(".json")) as file:
-            file.write(json.dumps(manifest).encode())
+        shared = shared_null(*map(self.stored_all, (opening[1].cond, opening[1].null)), OWN_NULL)
+        rows = (self.rows(*part, shared) for part in chain([opening], batches))
+        save_shard(self.arguments.out, atomic_writer, header, shared, start, chain.from_iterable(rows))
 
 
 def make_header(arguments: argparse.Namespace, space: ModelSpace, source: Source) -> dict[str, Any]:
@@ -243,27 +230,6 @@ def make_header(arguments: argparse.Namespace, space: ModelSpace, source: Source
     }
 
 
-def finished_shards(out: Path, header: dict[str, Any]) -> set[int]:
-    """The shards that are whole already.
-
-    Raises:
-        ValueError: one that was made by something else: a folder holds one kind.
-    """
-    finished = set()
-    for path in sorted(out.glob("*-of-*.json")):
-        try:
-            shard = read_manifest(path)
-        except (ValueError, FileNotFoundError):
-            continue  # damaged, or its tar is gone: it is made again
-        if keys := differences(header, shard.header):
-            raise ValueError(
-                f"--out={out}: holds shards made by other things: {path.name} has {keys[0]}={shard.header.get(keys[0])}, this "
-                f"command {keys[0]}={header.get(keys[0])}; give another folder, or the same settings."
-            )
-        finished.add(shard.header["shard"])
-    return finished
-
-
 def main(argv: list[str] | None = None) -> None:
     """Encodes, and says what is there."""
     arguments, rest = parse_arguments(argv)
@@ -272,15 +238,13 @@ def main(argv: list[str] | None = None) -> None:
         source = read_source(arguments, config)
         space = build(ModelSpace, config.model.init_args.space)
         header = make_header(arguments, space, source)
-        finished = finished_shards(Path(arguments.out), header)
         wanted = range(arguments.of) if arguments.shard is None else [arguments.shard]
+        made = unfinished_shards(arguments.out, header, wanted)
         encoder = Encoder(arguments, space.to(arguments.device), source.samples)
-        for shard in wanted:
-            if shard not in finished:
-                encoder.shard(header | {"shard": shard}, source.items)
+        for shard in made:
+            encoder.shard(header | {"shard": shard}, source.items)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    made = [shard for shard in wanted if shard not in finished]
     print(f"{arguments.out}: {len(made)} shards made, {len(wanted) - len(made)} were there, of {arguments.of} in all")
 
 
