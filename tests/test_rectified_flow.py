@@ -133,11 +133,14 @@ def test_distillation_into_one_step_sees_the_noise_end_alone():
     assert float(found["loss"]) == pytest.approx(float(expected), rel=1e-5) and set(found) == {"loss", "sample"}
 
 
-def test_times_at_the_noiseless_end_keep_the_loss_finite():
-    for name in ("rf", "ve", "vp-linear", "trig"):
-        loss = reflow(teacher(name), GivenTimes(0.0, 1.0)).losses(pairs(4, torch.float32))["loss"]
-        # A velocity at t = 1e-5 has five digits fewer than x0.
-        assert bool(torch.isfinite(loss)) and float(loss) < 1e4
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_times_below_a_students_least_noise_are_taken_for_it(name):
+    """There its velocity is the teacher's; further down, x0 less noise that is not there would be divided by t."""
+    schedule = SCHEDULES[name]
+    level = float(schedule.nsr(torch.tensor(schedule.t_min, dtype=torch.float64)))
+    least = max(level / (1 + level), 1e-5)
+    found, expected = (float(reflow(teacher(name), GivenTimes(t)).losses(pairs(64))["loss"]) for t in (0.0, least))
+    assert found == expected < 5
 
 
 # ----------------------------------------------------------------------------------------------------------- couplings

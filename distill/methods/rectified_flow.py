@@ -1,7 +1,7 @@
 """Reflow, and distillation of a flow, on noise-sample pairs (rectified flow, Liu et al. 2209.03003, algorithm 1).
 
     L = E w(t) d( u(x_t, t), z - x ) + v(t) e( x_t - t u(x_t, t), x ),   x_t = (1 - t) x + t z
-    x, z, x_t: (b, *shape), t: (b,)
+    x, z, x_t: (b, *shape), t: (b,), at least the student's least noise level
 
 A pair's x is what a teacher's ODE makes of the noise z. u is the student's velocity: the student is any denoiser, seen under
 `RectifiedFlow`, so that a diffusion teacher's reflow starts at its own velocity. x_t - t u is the student's x0.
@@ -25,7 +25,7 @@ from distill.lora import LoRA, start_student
 from distill.methods.base import Method
 from distill.optimization import Optimization
 from distill.samplers import OdeSampler, Sampler
-from distill.schedules import RectifiedFlow, per_sample
+from distill.schedules import NoiseSchedule, RectifiedFlow, per_sample
 from distill.solvers import Euler
 from distill.space import ModelSpace
 from distill.times import TimeDistribution
@@ -33,7 +33,7 @@ from distill.types import Batch, DataSpec, Losses
 from distill.weights import ConstantWeight, Weight
 
 LEAST_TIME = 1e-5
-"""Times below are taken for it: the velocity of a student that predicts x0 divides by t."""
+"""Of any student: the velocity of one that predicts x0 divides by t."""
 
 
 class Reflow(Method):
@@ -78,6 +78,7 @@ class Reflow(Method):
         check_null_share(null_probability, teacher)
         super().__init__(start_student(teacher, lora), teacher, guidance, optimization, evaluation, space)
         self.schedule, self.times = RectifiedFlow(), times
+        self.least_time = max(LEAST_TIME, least_time(self.student.schedule))
         self.velocity_distance, self.velocity_weight = velocity_distance, velocity_weight or ConstantWeight()
         self.sample_distance, self.sample_weight = sample_distance, sample_weight or ConstantWeight()
         self.decode, self.coupling, self.null_probability = decode, coupling, null_probability
@@ -99,7 +100,7 @@ class Reflow(Method):
         assert x is not None and z is not None
         if self.coupling is not None:
             z = self.coupling.pair(x, z, batch.cond.get("labels"))
-        t = self.times.sample(len(x), self.schedule, x.device).clamp(min=LEAST_TIME)
+        t = self.times.sample(len(x), self.schedule, x.device).clamp(min=self.least_time)
         x_t = self.schedule.add_noise(x, z, t)
         x0 = self.generator(self.student)(x_t, t, drop_conditions(batch.cond, batch.null, self.null_probability))
         losses: Losses = {}
@@ -111,3 +112,9 @@ class Reflow(Method):
                 x0, x = self.space.codec.decode(x0), self.to_pixels(x)
             losses["sample"] = (self.sample_weight(self.schedule, t, t) * self.sample_distance(x0, x)).mean()
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+
+def least_time(schedule: NoiseSchedule) -> float:
+    """The flow's time at a schedule's least noise: below it a denoiser takes out noise that is not there, divided by t."""
+    level = schedule.nsr(torch.tensor(schedule.t_min, dtype=torch.float64))
+    return float(level / (1 + level))
