@@ -95,10 +95,12 @@ class GridTimes(TimeDistribution):
         if steps < 1:
             raise ValueError(f"steps={steps}: give at least one step.")
         self.steps, self.grid = steps, grid or UniformGrid()
+        self._placed: dict[tuple, Time] = {}
 
     def sample(self, count: int, schedule: NoiseSchedule, device: torch.device | None = None) -> Time:
-        times = self.grid.starts(schedule, self.steps).float().to(device)
-        return times[torch.randint(self.steps, (count,), device=device)]
+        if (key := (repr(schedule), device)) not in self._placed:  # copied to the device once, not at each step
+            self._placed = {key: self.grid.starts(schedule, self.steps).float().to(device)}
+        return self._placed[key][torch.randint(self.steps, (count,), device=device)]
 
 
 # --------------------------------------------------------------------------------------------------------- curricula
