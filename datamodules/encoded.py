@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from datamodules.sharded import ShardedDataModule, ShardRows, as_tensor
+from datamodules.sharded import ShardedDataModule, ShardRows, as_tensor, spec_of
 from datamodules.shards import read_folder
-from distill.types import Batch, DataSpec
+from distill.types import Batch
 
 
 class EncodedRows(ShardRows):
@@ -52,11 +52,4 @@ class EncodedDataModule(ShardedDataModule):
     ):
         data = EncodedRows(read_folder(folder, "encoded", verify))
         super().__init__(data, data.shards, eval_samples, batch_size, num_workers, seed, batches_per_epoch, eval_batch_size)
-        header = data.shards[0].header
-        self.spec = DataSpec(
-            tuple(header["shape"]),
-            header["num_classes"],
-            widths=dict(header["widths"]),
-            codec=(header["codec"] or {}).get("sha256"),
-            conditioner=(header["conditioner"] or {}).get("sha256"),
-        )
+        self.spec = spec_of(data.shards[0].header)

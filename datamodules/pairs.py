@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.ordered import OrderedDataModule, OrderedLoader
-from datamodules.sharded import ShardedDataModule, ShardRows, as_tensor
+from datamodules.sharded import ShardedDataModule, ShardRows, as_tensor, spec_of
 from datamodules.shards import Shard, again, read_folder, same
 from distill.noise import SeededNoise
 from distill.types import Batch, DataSpec
@@ -144,16 +144,8 @@ class PairsDataModule(ShardedDataModule):
         super().__init__(PairFolders(rows), shards, eval_samples, *loading)
         self.sizes, self.repeat, self.real = [len(part) for part in rows], repeat, real
         header = found[0][0].header
-        self.spec = DataSpec(
-            tuple(header["shape"]),
-            header["num_classes"],
-            header["prompts"] or (real is not None and real.spec.prompts),
-            dict(header["widths"]),
-            (header["codec"] or {}).get("sha256"),
-            (header["conditioner"] or {}).get("sha256"),
-            paired=True,
-            teacher=header["teacher"]["sha256"],
-        )
+        prompts = header["prompts"] or (real is not None and real.spec.prompts)
+        self.spec = spec_of(header, prompts=prompts, paired=True, teacher=header["teacher"]["sha256"])
         if real is not None:
             _check_real(self.spec, real.spec)
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from datamodules.members import DECODERS
 from datamodules.ordered import OrderedDataModule
 from datamodules.shards import OpenFiles, Shard
-from distill.types import Batch, Cond, label_conditions
+from distill.types import Batch, Cond, DataSpec, label_conditions
 
 
 class ShardRows(Dataset):
@@ -90,6 +90,13 @@ def in_float32(value: Tensor) -> Tensor:
 def as_tensor(array: numpy.ndarray) -> Tensor:
     """A decoded column ``(b, ...)`` as it is delivered, contiguous."""
     return in_float32(torch.from_numpy(array)).contiguous()
+
+
+def spec_of(header: dict[str, Any], **more: Any) -> DataSpec:
+    """What the samples of shards with this header are."""
+    codec, conditioner = ((header[part] or {}).get("sha256") for part in ("codec", "conditioner"))
+    widths = dict(header["widths"])
+    return DataSpec(tuple(header["shape"]), header["num_classes"], widths=widths, codec=codec, conditioner=conditioner, **more)
 
 
 class ShardedDataModule(OrderedDataModule):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from resuming import train_cut_and_whole
+from resuming import same, train_cut_and_whole
 from tiny_captions import AUTOENCODER
 from torch.distributions import Normal, kl_divergence
 
@@ -83,7 +83,8 @@ def test_exported_latents_have_unit_variance(tmp_path):
 
 def test_recipe_trains_resumes_and_exports_what_was_trained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train_cut_and_whole(RECIPE, *QUICK)
+    cut, uncut = train_cut_and_whole(RECIPE, *QUICK)
+    assert same(cut["state_dict"], uncut["state_dict"])
     codec, average = AutoencoderKLCodec("whole/export"), load_run("whole")[1].ema.module
     assert all(value.equal(codec.model.state_dict()[name]) for name, value in average.state_dict().items())
     assert not Path("whole/export.partial").exists()

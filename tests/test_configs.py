@@ -17,7 +17,7 @@ import numpy
 import pytest
 import torch
 import yaml
-from resuming import train_cut_and_whole
+from resuming import same, train_cut_and_whole
 from script import load_script
 from standins import write_standins
 
@@ -128,7 +128,9 @@ def test_every_recipe_trains_two_steps(
 def test_flow_recipes_resume_to_the_bit(name: str, folder: Path, made_pairs: Path) -> None:
     """Pairs of one folder and of two, and windows that are solved in the loop."""
     Path("data").symlink_to(made_pairs)
-    train_cut_and_whole(str(CONFIGS / f"digits/{name}.yaml"), *QUICK, "--trainer.limit_val_batches=0")
+    cut, whole = train_cut_and_whole(str(CONFIGS / f"digits/{name}.yaml"), *QUICK, "--trainer.limit_val_batches=0")
+    for key in ("state_dict", "optimizer_states", "distill"):
+        assert same(cut[key], whole[key]), key
 
 
 def test_pairs_are_trained_on_and_real_digits_validated_on(folder: Path, made_pairs: Path) -> None:
@@ -245,14 +247,3 @@ def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(folder: Path) 
     for key in ("state_dict", "optimizer_states", "distill", "DigitsDataModule"):
         assert same(expected[key], found[key]), f"{key} differs after a kill at step {wanted} or later"
     assert rows.is_file() and len(json.loads(Path("cut/environment.json").read_text())) == 2
-
-
-def same(first: object, second: object) -> bool:
-    """Whether two nests of plain types and tensors are equal to the bit."""
-    if isinstance(first, torch.Tensor):
-        return isinstance(second, torch.Tensor) and first.dtype == second.dtype and first.equal(second)
-    if isinstance(first, dict):
-        return isinstance(second, dict) and first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(same, first, second))  # type: ignore[arg-type]
-    return first == second

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from resuming import train_cut_and_whole
+from resuming import same, train_cut_and_whole
 from torch.nn.functional import cross_entropy, normalize
 
 from datamodules.digits import caption
@@ -142,7 +142,8 @@ def test_towers_learn_to_tell_captions_apart():
 
 def test_recipe_trains_resumes_and_exports_a_tower_that_the_conditioner_reads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train_cut_and_whole(RECIPE, *QUICK)
+    cut, uncut = train_cut_and_whole(RECIPE, *QUICK)
+    assert same(cut["state_dict"], uncut["state_dict"])
     conditioner, method = ClipConditioner("whole/export"), load_run("whole")[1]
     assert conditioner.widths == {"prompt_embeds": 64}
     expected = method.ema.module.text(method.tokens(CAPTIONS)).last_hidden_state

@@ -87,10 +87,17 @@ class Method(SampledModule, TrainedModule, ABC):
         shared, present = self.shared_names(), super().state_dict()
         return super().load_state_dict({**state_dict, **{name: present[name] for name in shared}}, strict, assign)
 
+    @property
+    def trained_sampling(self) -> dict[str, Any] | None:
+        """Settings of the sampler that the student is trained for, which a checkpoint keeps; None if it is for any."""
+        return None
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         teacher = None if self._teacher is None else identity_of(self._teacher.module)
         checkpoint["distill"] |= {"teacher": teacher, "space": self.space.identity}
+        if self.trained_sampling is not None:
+            checkpoint["distill"]["sampler"] = self.trained_sampling
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["distill"]
@@ -105,4 +112,9 @@ class Method(SampledModule, TrainedModule, ABC):
                     f"The checkpoint was trained with the {part} {identity}, but model.{part} is {own[part]}: "
                     "give the same, or start a new run."
                 )
+        if (sampling := saved.get("sampler")) != self.trained_sampling:
+            raise ValueError(
+                f"The checkpoint's student was trained with sampler={sampling}, but model.sampler is {self.trained_sampling}: "
+                "give the same, or start a new run."
+            )
         super().on_load_checkpoint(checkpoint)

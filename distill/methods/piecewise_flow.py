@@ -129,17 +129,9 @@ class PiecewiseFlow(Method):
 
     # ------------------------------------------------------------------------------------------------------- contracts
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["distill"]["sampler"] = self.sampler.settings()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved, own = checkpoint["distill"].get("sampler"), self.sampler.settings()
-        if saved != own:
-            raise ValueError(
-                f"The checkpoint's student was trained with {saved}, but model has {own}: give the same, or start a new run."
-            )
-        super().on_load_checkpoint(checkpoint)
+    @property
+    def trained_sampling(self) -> dict[str, Any]:
+        return self.sampler.settings()
 
 
 def _check_evaluation(evaluation: Evaluation, windows: int) -> None:

@@ -188,18 +188,9 @@ class ScoreDistillation(TwoPlayerMethod, ABC):
 
     # ------------------------------------------------------------------------------------------------------- contracts
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["distill"]["sampler"] = self.sampler.settings()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint["distill"].get("sampler")
-        if saved != self.sampler.settings():
-            raise ValueError(
-                f"The checkpoint's student was trained with sampler={saved}, but model.sampler is {self.sampler.settings()}: "
-                "give the same, or start a new run."
-            )
-        super().on_load_checkpoint(checkpoint)
+    @property
+    def trained_sampling(self) -> dict[str, Any]:
+        return self.sampler.settings()
 
 
 def teacher_residual(x_g: Sample, x_phi: Sample) -> Tensor:
