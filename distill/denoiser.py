@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import Literal
 
@@ -18,6 +19,9 @@ from distill.schedules import NoiseSchedule, per_sample
 from distill.types import Cond, Sample, Time
 
 Prediction = Literal["x0", "eps", "v", "flow", "edm"]
+
+FreshNoise = Callable[[Sample], Sample]
+"""``fresh(x)`` is unit noise like ``x``, a whole batch: where what re-noises or draws along a trajectory takes it from."""
 
 
 def coefficients(prediction: Prediction, alpha: Tensor, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,6 +67,7 @@ class Denoiser(nn.Module, ABC):
         widths: the conditions that the network must be given and the size of their last dimension, ``{"prompt_embeds": 768}``.
         null_class: whether ``cond["labels"]`` has a null class; without one there is no guidance away from it.
         scalar_inputs: scalar conditions that the network embeds: one that reads ``guidance`` is guided by that input.
+        own_noise: whether the eps of `x0_and_eps` is not what its x0 leaves in x; a solver must then step by both.
     """
 
     schedule: NoiseSchedule
@@ -71,6 +76,7 @@ class Denoiser(nn.Module, ABC):
     widths: dict[str, int] = MappingProxyType({})  # type: ignore[assignment]
     null_class: bool = True
     scalar_inputs: tuple[str, ...] = ()
+    own_noise: bool = False
 
     @abstractmethod
     def forward(self, x: Sample, t: Time, cond: Cond, r: Time | None = None) -> Sample:
@@ -78,6 +84,18 @@ class Denoiser(nn.Module, ABC):
 
         ``r`` ``(b,)`` is the second time of networks that jump from ``t`` to ``r``; others must not be given one.
         """
+
+    def x0_and_eps(self, x: Sample, t: Time, cond: Cond, r: Time | None = None) -> tuple[Sample, Sample]:
+        """``x0`` and the noise to go on with, ``(b, *shape)`` each: the one that ``x0`` leaves in ``x``, but for some rules."""
+        x0 = self(x, t, cond, r)
+        return x0, self.schedule.eps(x, x0, t)
+
+    def trajectory(self, fresh: FreshNoise) -> Denoiser:
+        """The denoiser as it is followed along one trajectory from its start; samplers ask for it once.
+
+        Guidance rules that remember the steps before keep them in what this returns; those that draw, draw by ``fresh``.
+        """
+        return self
 
     def describe_as(self, other: Denoiser) -> None:
         """Takes over what ``other``, the denoiser that this one wraps, accepts."""
@@ -125,7 +143,10 @@ class NetworkDenoiser(Denoiser):
 
     @property
     def scalar_inputs(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (*getattr(self.network, "own_scalars", ()), *getattr(self.network, "scalars", ()))
+        """What the network embeds by itself, was given as an extra input, or reads by an adapter."""
+        added = (name for part in getattr(self.network, "adapters", {}).values() for name in part.scalar_inputs)
+        own = getattr(self.network, "own_scalars", ())
+        return tuple(dict.fromkeys((*own, *getattr(self.network, "scalars", ()), *added)))
 
     def coefficients(self, t: Time) -> tuple[Time, Time, Time]:
         """``(scale, skip, out)`` at ``t``, float64 ``(b,)``."""
@@ -160,14 +181,30 @@ class ScheduleView(Denoiser):
         super().__init__()
         self.base = base
         self.describe_as(base)
-        self.schedule = schedule
+        self.schedule, self.own_noise = schedule, base.own_noise
 
     def forward(self, x: Sample, t: Time, cond: Cond, r: Time | None = None) -> Sample:
+        own_x, own_t, own_r = self.mapped(x, t, r)
+        return self.base(own_x, own_t, cond, own_r)
+
+    def x0_and_eps(self, x: Sample, t: Time, cond: Cond, r: Time | None = None) -> tuple[Sample, Sample]:
+        """As the base's, whose unit noise is the same in every schedule."""
+        if not self.own_noise:
+            return super().x0_and_eps(x, t, cond, r)
+        own_x, own_t, own_r = self.mapped(x, t, r)
+        return self.base.x0_and_eps(own_x, own_t, cond, own_r)
+
+    def mapped(self, x: Sample, t: Time, r: Time | None) -> tuple[Sample, Time, Time | None]:
+        """The base's input and times at equal noise-to-signal ratio."""
         own = self.base.schedule
         wide = own.time_of_angle(self.schedule.angle(t))
         ratio = own.scale(wide) / self.schedule.scale(t.double())
         own_r = None if r is None else own.time_of_angle(self.schedule.angle(r)).to(r.dtype)
-        return self.base(_times(ratio, x), wide.to(t.dtype), cond, own_r)
+        return _times(ratio, x), wide.to(t.dtype), own_r
+
+    def trajectory(self, fresh: FreshNoise) -> Denoiser:
+        base = self.base.trajectory(fresh)
+        return self if base is self.base else ScheduleView(base, self.schedule)
 
     def under(self, schedule: NoiseSchedule) -> Denoiser:
         return self.base.under(schedule)

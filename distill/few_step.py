@@ -102,6 +102,7 @@ class FewStepSampler(Sampler):
     ) -> Sample:
         if not 1 <= steps <= len(self):
             raise ValueError(f"steps={steps}: this student was trained for {len(self)} of them at most; give no more.")
+        denoiser = denoiser.trajectory(fresh)
         x, t = self.simulate(denoiser, noise, cond, steps - 1, fresh)
         return denoiser(x, t, cond)
 

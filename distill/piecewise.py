@@ -170,6 +170,7 @@ class PiecewiseSampler(Sampler):
     def __call__(
         self, denoiser: Denoiser, noise: Sample, cond: Cond, steps: int, fresh: FreshNoise = torch.randn_like
     ) -> Sample:
+        denoiser = denoiser.trajectory(fresh)
         schedule = denoiser.schedule
         self.flow.check(schedule)
         times = self.times(schedule, steps).to(noise)

@@ -6,19 +6,15 @@ Sample i depends on its own noise alone (`distill.noise.SeededNoise`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from distill.denoiser import Denoiser
+from distill.denoiser import Denoiser, FreshNoise
 from distill.grids import Grid
 from distill.schedules import per_sample
 from distill.solvers import Solver
 from distill.types import Cond, Sample, Time
-
-FreshNoise = Callable[[Sample], Sample]
-"""``fresh(x)`` is unit noise like ``x``: where a sampler that re-noises takes it from."""
 
 
 class Sampler(ABC):
@@ -55,6 +51,7 @@ class OdeSampler(Sampler):
         self, denoiser: Denoiser, noise: Sample, cond: Cond, steps: int, fresh: FreshNoise = torch.randn_like
     ) -> Sample:
         _check_steps(steps)
+        denoiser = denoiser.trajectory(fresh)
         times = self.grid.times(denoiser.schedule, steps)
         x, memory = denoiser.schedule.prior_scale * noise, None
         for t, s in zip(times[:-1], times[1:], strict=True):
@@ -92,6 +89,7 @@ class RenoiseSampler(Sampler):
         self, denoiser: Denoiser, noise: Sample, cond: Cond, steps: int, fresh: FreshNoise = torch.randn_like
     ) -> Sample:
         _check_steps(steps)
+        denoiser = denoiser.trajectory(fresh)
         schedule = denoiser.schedule
         if steps in self.times:
             times = torch.tensor(self.times[steps], dtype=torch.float64)
@@ -126,6 +124,7 @@ class JumpSampler(Sampler):
         self, denoiser: Denoiser, noise: Sample, cond: Cond, steps: int, fresh: FreshNoise = torch.randn_like
     ) -> Sample:
         _check_steps(steps)
+        denoiser = denoiser.trajectory(fresh)
         schedule = denoiser.schedule
         times = self.grid.starts(schedule, steps)
         end = times.new_tensor([schedule.t_min])
@@ -133,10 +132,10 @@ class JumpSampler(Sampler):
         for t, s in zip(times, torch.cat([times[1:], end]), strict=True):
             last = bool(s == schedule.t_min)
             low = s if last else schedule.time_of_nsr((1 - self.gamma**2) ** 0.5 * schedule.nsr(s))
-            x0 = denoiser(x, _all(t, x), cond, _all(low, x))
+            x0, eps = denoiser.x0_and_eps(x, _all(t, x), cond, _all(low, x))
             if last:
                 return x0
-            x = schedule.add_noise(x0, schedule.eps(x, x0, _all(t, x)), _all(low, x))
+            x = schedule.add_noise(x0, eps, _all(low, x))
             x = self._add_the_rest(x, denoiser, low, s, fresh)
         return x
 

@@ -32,12 +32,22 @@ class Solver(ABC):
         return self.step(denoiser, x, t, s, cond), None
 
 
+def refuse_own_noise(solver: Solver, denoiser: Denoiser) -> None:
+    """Raises ValueError for a denoiser whose noise is not what its ``x0`` leaves, which this solver would not step by."""
+    if denoiser.own_noise:
+        raise ValueError(
+            f"solver={type(solver).__name__}: the denoiser goes on with a noise of its own (CfgPlusPlus), which this solver "
+            "does not step by; use DDIM."
+        )
+
+
 class Euler(Solver):
     """``x_s = x_t + (s - t) dx/dt``: in the schedule's own time."""
 
     order = 1
 
     def step(self, denoiser: Denoiser, x: Sample, t: Time, s: Time, cond: Cond) -> Sample:
+        refuse_own_noise(self, denoiser)
         slope = denoiser.schedule.velocity(x, denoiser(x, t, cond), t)
         return x + per_sample(s - t, x) * slope
 
@@ -51,8 +61,8 @@ class DDIM(Solver):
     order = 1
 
     def step(self, denoiser: Denoiser, x: Sample, t: Time, s: Time, cond: Cond) -> Sample:
-        x0 = denoiser(x, t, cond)
-        return denoiser.schedule.add_noise(x0, denoiser.schedule.eps(x, x0, t), s)
+        x0, eps = denoiser.x0_and_eps(x, t, cond)
+        return denoiser.schedule.add_noise(x0, eps, s)
 
 
 class Heun(Solver):
@@ -64,6 +74,7 @@ class Heun(Solver):
     order = 2
 
     def step(self, denoiser: Denoiser, x: Sample, t: Time, s: Time, cond: Cond) -> Sample:
+        refuse_own_noise(self, denoiser)
         schedule, gap = denoiser.schedule, per_sample(s - t, x)
         slope = schedule.velocity(x, denoiser(x, t, cond), t)
         guess = x + gap * slope
@@ -88,6 +99,7 @@ class DPMSolver2M(Solver):
     def advance(
         self, denoiser: Denoiser, x: Sample, t: Time, s: Time, cond: Cond, memory: Any = None
     ) -> tuple[Sample, Any]:
+        refuse_own_noise(self, denoiser)
         schedule = denoiser.schedule
         x0 = denoiser(x, t, cond)
         nsr_t, nsr_s = schedule.nsr(t.double()), schedule.nsr(s.double())

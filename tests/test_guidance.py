@@ -4,35 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from guiding import MEANS, both, exact, setting
 from helpers import small
 from oracle import SCHEDULES, Mixture
 
 from distill.denoiser import Denoiser
-from distill.guidance import ClassifierFreeGuidance, RandomGuidance, drop_conditions
-from distill.schedules import NoiseSchedule, RectifiedFlow, VarianceExploding, per_sample
+from distill.guidance import (
+    AdaptiveProjectedGuidance,
+    ClassifierFreeGuidance,
+    RandomGuidance,
+    check_range,
+    draw_scales,
+    drop_conditions,
+    guided,
+)
+from distill.schedules import RectifiedFlow, VarianceExploding, per_sample
 from distill.types import label_conditions
-
-MEANS = torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, -1.0]])
-
-
-class Counted(Mixture):
-    """The mixture's oracle; keeps the rows of each call and the last conditions."""
-
-    def __init__(self, schedule: NoiseSchedule):
-        super().__init__(schedule, MEANS, 0.4)
-        self.rows: list[int] = []
-
-    def forward(self, x, t, cond, r=None):
-        self.rows.append(len(x))
-        self.cond = cond
-        return super().forward(x, t, cond)
-
-
-def setting(schedule: NoiseSchedule = RectifiedFlow()):
-    """A counted denoiser, a batch at four noise levels, its conditions and its null conditions."""
-    t = schedule.time_of_nsr(torch.tensor([0.25, 0.7, 1.5, 4.0], dtype=torch.float64))
-    x = torch.randn(4, 2, dtype=torch.float64) * schedule.scale(t)[:, None]
-    return Counted(schedule), x, t, *label_conditions(torch.tensor([0, 1, 2, 0]), 3)
 
 
 def test_classes_without_a_null_class_are_not_guided():
@@ -83,9 +70,15 @@ def test_scale_1_is_the_denoiser_itself():
     ],
 )
 def test_interval_is_open_below_and_closed_above(low, high, guided):
-    rule = ClassifierFreeGuidance(3.0, low, high)
-    levels = torch.tensor([0.25, 1.0, 1.5, 4.0], dtype=torch.float64)
-    assert rule.scale_at(levels).tolist() == [3.0 if inside else 1.0 for inside in guided]
+    """Samples outside of it cost one row, and are the denoiser's own, to the bit."""
+    denoiser, x, _, cond, null = setting(VarianceExploding())
+    t = torch.tensor([0.25, 1.0, 1.5, 4.0], dtype=torch.float64)
+    found = ClassifierFreeGuidance(3.0, low, high)(denoiser, null)(x, t, cond)
+    assert denoiser.rows == [4 + sum(guided)]
+    inside, own = torch.tensor(guided), denoiser(x, t, cond)
+    everywhere = ClassifierFreeGuidance(3.0)(denoiser, null)(x, t, cond)
+    assert torch.equal(found, torch.where(inside[:, None], everywhere, own))
+    assert (everywhere - own).abs().amax(1).min() > 1e-3
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -99,6 +92,24 @@ def test_interval_is_in_noise_to_signal_ratio_on_every_schedule(name):
     scale = per_sample(torch.tensor([1.0, 2.0, 2.0, 1.0], dtype=torch.float64), x)
     with_class, without = oracle(x, t, cond), oracle(x, t, null)
     torch.testing.assert_close(guided, without + scale * (with_class - without), rtol=0, atol=1e-12)
+
+
+def test_scales_of_each_sample_within_an_interval():
+    """Two of four inside: one forward of six rows, the last two with the null condition, each at its own scale."""
+    denoiser, x, t, cond, null = setting()
+    scale = torch.tensor([5.0, 2.0, 7.5, 3.0])
+    found = ClassifierFreeGuidance(scale, 0.3, 2.0)(denoiser, null)(x, t, cond)
+    assert denoiser.rows == [6] and denoiser.cond["labels"].tolist() == [0, 1, 2, 0, 3, 3]
+    own, without = both(denoiser, x, t, cond, null)
+    exact(found[1:3], without[1:3] + torch.tensor([[2.0], [7.5]]) * (own - without)[1:3])
+    assert torch.equal(found[[0, 3]], own[[0, 3]])
+
+
+def test_a_batch_outside_of_its_interval_costs_one_evaluation():
+    denoiser, x, t, cond, null = setting()
+    found = ClassifierFreeGuidance(3.0, 5.0)(denoiser, null)(x, t, cond)
+    assert denoiser.rows == [4] and denoiser.cond["labels"].tolist() == [0, 1, 2, 0]
+    assert torch.equal(found, denoiser(x, t, cond))
 
 
 def test_pure_noise_lies_above_every_interval():
@@ -133,6 +144,77 @@ def test_bad_settings_are_named():
         ClassifierFreeGuidance(2.0, 2.0, 1.0)
     with pytest.raises(ValueError, match="guidance.scale=2.0"):
         ClassifierFreeGuidance(2.0)(Mixture(RectifiedFlow(), MEANS, 0.4), {})
+
+
+@pytest.mark.parametrize("interval", [(None, None), (0.3, 2.0)])
+def test_gradients_and_tangents_are_the_formulas(interval):
+    """Guided scores of trained networks: every weight's gradient passes both evaluations; forward-mode too."""
+    network, (_, x, t, cond, null) = small(num_classes=3).double(), setting()
+    x = x[:, :, None, None]
+    rule = ClassifierFreeGuidance(2.5, *interval)
+    inside = torch.tensor([interval == (None, None) or 0.3 < level <= 2.0 for level in (0.25, 0.7, 1.5, 4.0)])
+
+    def by_hand(x, t):
+        own, without = both(network, x, t, cond, null)
+        return torch.where(inside[:, None, None, None], without + 2.5 * (own - without), own)
+
+    weights = list(network.parameters())
+    found, expected = rule(network, null)(x, t, cond), by_hand(x, t)
+    exact(found, expected)
+    grads = [torch.autograd.grad(value.square().sum(), weights) for value in (found, expected)]
+    for one, other in zip(*grads, strict=True):
+        exact(one, other)
+    assert max(float(grad.abs().max()) for grad in grads[0]) > 0.01
+    tangents = torch.randn_like(x), torch.ones_like(t)
+    along = [torch.func.jvp(f, (x, t), tangents)[1] for f in (lambda x, t: rule(network, null)(x, t, cond), by_hand)]
+    exact(*along)
+
+
+def test_under_autocast_sums_stay_in_float32():
+    network, (_, x, t, cond, null) = small(num_classes=3), setting()
+    x, t = x.float()[:, :, None, None], t.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ClassifierFreeGuidance(2.5)(network, null)(x, t, cond)
+        own, without = both(network, x, t, cond, null)
+    assert found.dtype == torch.float32 and not torch.equal(own, network(x, t, cond))
+    exact(found, without + 2.5 * (own - without), 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ a scale, whoever reads it
+
+
+def test_a_denoiser_at_a_scale_is_guided_classifier_free_or_by_a_rule():
+    denoiser, x, t, cond, null = setting()
+    own, without = both(denoiser, x, t, cond, null)
+    scales = torch.tensor([2.0, 3.0, 1.0, 0.5], dtype=torch.float64)
+    for scale in (2.5, scales):
+        at, conditions = guided(denoiser, cond, null, scale)
+        expected = without + (scale if isinstance(scale, float) else scale[:, None]) * (own - without)
+        exact(at(x, t, conditions), expected)
+        assert conditions is cond
+    at, _ = guided(denoiser, cond, null, 2.5, AdaptiveProjectedGuidance(9.0, 0.3, None, 0.0, sigma_low=1.0))
+    exact(at(x, t, cond), AdaptiveProjectedGuidance(2.5, 0.3, None, 0.0, sigma_low=1.0)(denoiser, null)(x, t, cond))
+    assert guided(denoiser, cond, null, 1.0)[0] is denoiser
+
+
+def test_a_denoiser_that_reads_the_scale_is_given_it_and_no_rule():
+    denoiser, x, t, cond, null = setting()
+    denoiser.scalar_inputs = ("guidance",)
+    at, conditions = guided(denoiser, cond, null, 2.5, AdaptiveProjectedGuidance(9.0))
+    assert at is denoiser and conditions["guidance"].tolist() == [2.5] * 4 and "guidance" not in cond
+    scales = torch.tensor([2.0, 3.0, 1.0, 0.5])
+    assert guided(denoiser, cond, null, scales)[1]["guidance"] is scales
+
+
+def test_ranges_of_scales():
+    torch.manual_seed(2)
+    found = draw_scales((2.0, 6.0), 4000)
+    torch.manual_seed(2)
+    assert torch.equal(found, 2.0 + 4.0 * torch.rand(4000)) and found.shape == (4000,)
+    check_range((0.0, 3.0))
+    for bad in ((-0.5, 2.0), (2.0, 2.0), (3.0, 2.0), (1.0, float("nan")), (1.0, 2.0, 3.0)):
+        with pytest.raises(ValueError, match="w_range=.*give 0 <= low < high"):
+            check_range(bad, "w_range")
 
 
 # ----------------------------------------------------------------------------------------------------- drawn scales

@@ -8,8 +8,10 @@ from oracle import MLP, SCHEDULES, Gaussian, GaussianConsistency, Mixture
 
 from distill.boundary import ConsistencyFunction, KarrasBoundary, ScaledBoundary
 from distill.denoiser import Denoiser, NetworkDenoiser
+from distill.few_step import FewStepSampler
 from distill.grids import DiscreteGrid, KarrasGrid, UniformGrid
 from distill.noise import SeededNoise
+from distill.piecewise import PiecewiseSampler
 from distill.samplers import JumpSampler, OdeSampler, RenoiseSampler
 from distill.schedules import RectifiedFlow, VarianceExploding, VariancePreserving
 from distill.solvers import DDIM, DPMSolver2M, Euler, Heun
@@ -111,6 +113,28 @@ def test_bad_settings_are_named():
         JumpSampler(UniformGrid(), 1.5)
     with pytest.raises(ValueError, match="seed=-1"):
         SeededNoise(-1, [0], (1,))
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [*SAMPLERS, FewStepSampler([1.0, 0.5]), PiecewiseSampler(2)],
+    ids=["heun", "dpm", "renoise", "jump", "few-step", "piecewise"],
+)
+def test_samplers_ask_for_one_trajectory_with_their_own_source_of_noise(sampler):
+    """And call what they are given, not the denoiser itself."""
+    followed, asked = Counted(RectifiedFlow(), MEAN, VARIANCE), []
+
+    class Start(Gaussian):
+        def trajectory(self, fresh):
+            asked.append(fresh)
+            return followed
+
+        def forward(self, x, t, cond, r=None):
+            raise AssertionError("called itself")
+
+    fresh = SeededNoise(0, range(3), (3,))
+    sampler(Start(RectifiedFlow(), MEAN, VARIANCE), fresh.draw().double(), {}, 2, fresh)
+    assert asked == [fresh] and len(followed.times) >= 2
 
 
 # ------------------------------------------------------------------------------------------------------------ data law
