@@ -1,6 +1,7 @@
-"""Students that are low-rank adapters on their teacher's own weights (LoRA, Hu et al. 2106.09685), by peft through diffusers.
+"""How students start: as copies, or as their teacher's own weights with LoRA layers (Hu et al. 2106.09685) or other adapters.
 
-The base weights are the teacher's very tensors: student, average and teacher cost the memory of one network and a bit.
+In the latter the base weights are the teacher's very tensors: student, average and teacher cost the memory of one network and
+a bit. LoRA layers are by peft through diffusers.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from distill.adapters import Adapter
+from distill.adapters.base import missing_targets
 from distill.denoiser import Denoiser, NetworkDenoiser
 from distill.frozen import trainable_copy
 from distill.networks.base import DiffusersNetwork
@@ -53,21 +56,38 @@ class LoRA:
         Raises:
             ValueError: a target that was asked for by name and is not there.
         """
-        names = [name for name, _ in network.model.named_modules()]
-
-        def there(target: str) -> bool:
-            return any(name == target or name.endswith("." + target) for name in names)
-
         if self.targets is None:
             usual = UNET_TARGETS if network.component == "unet" else TRANSFORMER_TARGETS
-            return [target for target in usual if there(target)]
-        if missing := [target for target in self.targets if not there(target)]:
+            missing = missing_targets(network.model, usual)
+            return [target for target in usual if target not in missing]
+        if missing := missing_targets(network.model, self.targets):
             raise ValueError(f"lora.targets={missing}: no layer of {network.model_class} has a name that ends so.")
         return self.targets
 
+    def add_to(self, network: DiffusersNetwork) -> None:
+        """Adds the layers, under the name `ADAPTER` and without effect at first.
+
+        Raises:
+            ValueError: a target that is not there.
+        """
+        from peft import LoraConfig, inject_adapter_in_model
+
+        alpha = self.rank if self.alpha is None else self.alpha
+        targets = self.targets_in(network)
+        config = LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=targets, lora_dropout=self.dropout)
+        if hasattr(network.model, "add_adapter"):
+            network.model.add_adapter(config, adapter_name=ADAPTER)
+        else:  # diffusers gives UNet2DModel and DiT no adapters of their own
+            inject_adapter_in_model(config, network.model, ADAPTER)
+
 
 def lora_copy(base: Denoiser, lora: LoRA) -> NetworkDenoiser:
-    """A denoiser that equals ``base`` at first and whose only parameters of its own, all trained, are low-rank additions.
+    """A denoiser that equals ``base`` at first and whose only trained parameters are low-rank additions; see `adapted_copy`."""
+    return adapted_copy(base, lora, None)
+
+
+def adapted_copy(base: Denoiser, lora: LoRA | None, adapter: Adapter | None) -> NetworkDenoiser:
+    """A denoiser that equals ``base`` at first and whose only parameters of its own, all trained, are the additions.
 
     Its other parameters are those of ``base``, not copies.
 
@@ -75,25 +95,44 @@ def lora_copy(base: Denoiser, lora: LoRA) -> NetworkDenoiser:
         ValueError: ``base`` is not a diffusers model, or a target is not there.
     """
     if not isinstance(base, NetworkDenoiser) or not isinstance(base.network, DiffusersNetwork):
-        raise ValueError("lora: only networks of diffusers take LoRA layers; set model.lora to null.")
-    from peft import LoraConfig, inject_adapter_in_model
-
+        key, what = ("lora", "LoRA layers") if lora is not None else ("adapter", "adapters")
+        raise ValueError(f"{key}: only networks of diffusers take {what}; set model.{key} to null.")
     base.requires_grad_(False)
     student = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
-    alpha = lora.rank if lora.alpha is None else lora.alpha
     network: Any = student.network
-    targets = lora.targets_in(network)
-    config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=targets, lora_dropout=lora.dropout)
-    if hasattr(network.model, "add_adapter"):
-        network.model.add_adapter(config, adapter_name=ADAPTER)
-    else:  # diffusers gives UNet2DModel and DiT no adapters of their own
-        inject_adapter_in_model(config, network.model, ADAPTER)
+    if lora is not None:
+        lora.add_to(network)
+    if adapter is not None:
+        network.add_adapter(adapter)
     return student.train()
 
 
-def start_student(teacher: Denoiser, lora: LoRA | None) -> Denoiser:
-    """A student that equals its teacher: a copy whose weights are all trained, or LoRA layers on the teacher's own."""
-    return trainable_copy(teacher) if lora is None else lora_copy(teacher, lora)
+def start_student(teacher: Denoiser, lora: LoRA | None, adapter: Adapter | None = None) -> Denoiser:
+    """A student that equals its teacher: a copy whose weights are all trained, or additions to the teacher's own weights.
+
+    An adapter may read a condition, such as ``guidance``, that the teacher does not.
+    """
+    return trainable_copy(teacher) if lora is None and adapter is None else adapted_copy(teacher, lora, adapter)
+
+
+def read_guidance(student: Denoiser, asked: str) -> None:
+    """Makes a student read ``cond["guidance"]``, by a scalar input that is trained whatever else of it is.
+
+    Nothing changes if it does already, by itself or by an adapter.
+
+    Args:
+        student: at first it takes no notice of the scale.
+        asked: the setting that asks for it, with its value, for the message.
+
+    Raises:
+        ValueError: its network cannot take a further input.
+    """
+    if "guidance" in student.scalar_inputs:
+        return
+    network: Any = student.network if isinstance(student, NetworkDenoiser) else None
+    if not hasattr(network, "add_scalar_input"):
+        raise ValueError(f"{asked}: the student's network cannot take an extra scalar input; do without.")
+    network.add_scalar_input("guidance")
 
 
 def diffusers_networks(module: nn.Module) -> list[DiffusersNetwork]:

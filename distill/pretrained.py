@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from distill import hub
+from distill.adapters import refuse_adapters
 from distill.denoiser import Denoiser, NetworkDenoiser, Prediction
 from distill.networks.base import DiffusersNetwork
 from distill.networks.families import FAMILIES
@@ -31,6 +32,7 @@ def check_exportable(denoiser: Denoiser) -> None:
         raise ValueError(f"Only a NetworkDenoiser of a diffusers network ({known}) can be written as a folder, not {what}.")
     if getattr(network.model, "peft_config", None):
         raise ValueError("A network with LoRA layers is not written as a folder: export its LoRA file by tools/export.py.")
+    refuse_adapters(network)
     make_scheduler(denoiser)
     check_pair(network.model_class, network.model.config, denoiser.schedule, denoiser.prediction)
 
@@ -45,7 +47,6 @@ def save_denoiser(denoiser: NetworkDenoiser, folder: str | Path) -> None:
         ValueError: see `check_exportable`.
     """
     from diffusers import DDPMPipeline
-    from safetensors.torch import save_file
 
     check_exportable(denoiser)
     network, scheduler, folder = denoiser.network, make_scheduler(denoiser), Path(folder)
@@ -55,6 +56,13 @@ def save_denoiser(denoiser: NetworkDenoiser, folder: str | Path) -> None:
     else:
         network.model.save_pretrained(folder / network.component, safe_serialization=True)
         scheduler.save_pretrained(folder / "scheduler")
+    save_scalars(network, folder)
+
+
+def save_scalars(network: DiffusersNetwork, folder: Path) -> None:
+    """Writes the extra scalar inputs, which diffusers does not know, beside a model's folder, if there are any."""
+    from safetensors.torch import save_file
+
     if network.scalars:
         state = {key: value.contiguous() for key, value in network.scalars.state_dict().items()}
         save_file(state, folder / SCALARS_FILE)

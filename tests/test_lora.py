@@ -1,4 +1,5 @@
-"""LoRA students: equal to their teacher at first, on its very weights, and the only thing that is trained and saved."""
+"""Students of LoRA layers or adapters: equal to their teacher at first, on its very weights; additions alone are trained and
+saved."""
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 from helpers import evaluation, fit
 
+from distill.adapter_files import additions
+from distill.adapters import Adapter, AttentionGuidance, GuideNetwork
 from distill.denoiser import NetworkDenoiser
 from distill.distances import SquaredDistance
 from distill.ema import DecayAveraging
 from distill.grids import ConstantPoints, UniformGrid
 from distill.guidance import ClassifierFreeGuidance
-from distill.lora import LoRA, lora_copy, start_student
+from distill.lora import LoRA, lora_copy, read_guidance, start_student
 from distill.methods.consistency import Consistency
 from distill.networks.unet2d import UNet2D
 from distill.optimization import Optimization
@@ -38,7 +41,7 @@ def batch(number: int = 0) -> Batch:
 
 
 def method(base: NetworkDenoiser | None = None, **settings: Any) -> Consistency:
-    settings = {"lora": LoRA(4)} | settings
+    settings = {"lora": LoRA(4), "guidance": ClassifierFreeGuidance(1.5)} | settings
     return Consistency(
         GridPairs(UniformGrid(), ConstantPoints(8)),
         SquaredDistance(),
@@ -51,16 +54,16 @@ def method(base: NetworkDenoiser | None = None, **settings: Any) -> Consistency:
         evaluation(steps=[1]),
         teacher=base or teacher(),
         solver=DDIM(),
-        guidance=ClassifierFreeGuidance(1.5),
         **settings,
     )
 
 
-def call(denoiser: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def call(denoiser: Any, guidance: float = 1.0) -> torch.Tensor:
     with torch.no_grad():
         generator = torch.Generator().manual_seed(5)
         x = torch.randn(3, *SHAPE, generator=generator)
-        return denoiser.eval()(x, torch.tensor([0.2, 0.5, 0.9]), label_conditions(torch.arange(3), 3)[0])
+        cond = {**label_conditions(torch.arange(3), 3)[0], "guidance": torch.full((3,), guidance)}
+        return denoiser.eval()(x, torch.tensor([0.2, 0.5, 0.9]), cond)
 
 
 def test_a_student_equals_its_teacher_at_first_and_holds_no_copy_of_its_weights():
@@ -210,13 +213,57 @@ def test_compiled_and_plain_checkpoints_are_the_same(monkeypatch):
 
 
 def test_what_cannot_be_adapted_is_named():
-    from helpers import small
+    from helpers import small, two_classes
 
     with pytest.raises(ValueError, match=r"lora.targets=\['to_z'\]"):
         lora_copy(teacher(), LoRA(targets=["to_q", "to_z"]))
     with pytest.raises(ValueError, match="lora: only networks of diffusers"):
         start_student(small(), LoRA())
+    with pytest.raises(ValueError, match="adapter: only networks of diffusers"):
+        start_student(small(), None, AttentionGuidance())
+    with pytest.raises(ValueError, match=r"guidance_range=\(1, 2\): the student's network cannot take"):
+        read_guidance(two_classes(), "guidance_range=(1, 2)")
     with pytest.raises(ValueError, match="rank=0"):
         LoRA(rank=0)
     with pytest.raises(ValueError, match="model.student and model.lora"):
         method(student=teacher())
+
+
+# ------------------------------------------------------------------------------------------------------------- adapters
+
+
+def guided(base: NetworkDenoiser, lora: LoRA | None, adapter: Adapter | None) -> Consistency:
+    """A method whose student is made of additions and reads a drawn guidance scale."""
+    return method(base, student=start_student(base, lora, adapter), lora=None, guidance=None, guidance_range=(1.0, 4.0))
+
+
+@pytest.mark.parametrize(
+    ("lora", "adapter"),
+    [(None, AttentionGuidance(width=8)), (LoRA(4), None), (LoRA(4), GuideNetwork(width=8))],
+)
+def test_a_checkpoint_of_a_student_of_additions_holds_them_alone(lora, adapter):
+    first, second = (guided(teacher(), lora, adapter) for _ in range(2))
+    before = copy.deepcopy(first.teacher.state_dict())
+    fit(first, [batch(n) for n in range(2)], 2)
+    state = first.state_dict()
+    held = {key.split(".", 2)[2] for key in state if key.startswith("student.")}
+    assert held == set(additions(first.student.network))
+    assert {key.split(".")[0] for key in state} == {"student", "ema", "skipped"}
+    assert all(torch.equal(value, before[name]) for name, value in first.teacher.state_dict().items())
+    second.load_state_dict(state)
+    for denoisers in ((first.student, second.student), (first.ema.module, second.ema.module)):
+        assert torch.equal(*(call(denoiser, guidance=3.0) for denoiser in denoisers))
+    assert not torch.equal(call(first.student, guidance=3.0), call(first.teacher))
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(4)])
+def test_the_scale_is_read_by_the_adapter_or_by_an_input_that_is_trained(lora):
+    base = teacher()
+    adapted = start_student(base, lora, AttentionGuidance(width=8))
+    read_guidance(adapted, "guidance_range=(1, 4)")
+    assert adapted.scalar_inputs == ("guidance",) and not adapted.network.scalars
+    plain = start_student(base, LoRA(4))
+    read_guidance(plain, "guidance_range=(1, 4)")
+    assert plain.scalar_inputs == ("guidance",)
+    assert [value.requires_grad for value in plain.network.scalars.parameters()] == [True]
+    assert base.scalar_inputs == () and torch.equal(call(plain, guidance=3.0), call(base))

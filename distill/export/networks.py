@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from distill.adapters import refuse_adapters
 from distill.export.schedulers import FILES
 from distill.export.weights import GUIDANCE, fixed_biases, plain_model
 from distill.networks.base import DiffusersNetwork, Network
@@ -33,6 +34,7 @@ def check_network(network: nn.Module) -> None:
         raise ValueError(
             f"the student's network is a {type(network).__name__}, neither of diffusers nor {known}: it is not exported."
         )
+    refuse_adapters(network)
 
 
 def write_network(folder: Path, network: Any, guidance: float | None, merge: bool = True) -> list[str]:

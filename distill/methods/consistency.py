@@ -15,18 +15,16 @@ for each sample, followed by the teacher and read by the student through an extr
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from distill.boundary import Boundary, ConsistencyFunction, NoBoundary
 from distill.couplings import Coupling, noise_for, refuse_pairs
-from distill.denoiser import Denoiser, NetworkDenoiser
+from distill.denoiser import Denoiser
 from distill.distances import Distance
 from distill.ema import EMA, Averaging
 from distill.evaluation import Evaluation
-from distill.guidance import ClassifierFreeGuidance, GuidanceRule
-from distill.lora import LoRA, start_student
+from distill.guidance import ClassifierFreeGuidance, GuidanceRule, check_range, draw_scales
+from distill.lora import LoRA, read_guidance, start_student
 from distill.methods.base import Method
 from distill.optimization import Optimization
 from distill.pairs import TimePairs
@@ -88,7 +86,7 @@ class Consistency(Method):
         if guidance_range is not None:
             _check_range(guidance_range, guidance, solver)
             if embed_guidance:
-                _read_guidance(student, guidance_range)
+                read_guidance(student, f"guidance_range={guidance_range}, embed_guidance=true")
             elif "guidance" in student.scalar_inputs:
                 raise ValueError("embed_guidance=false: the student reads a guidance scale by itself; set it to true.")
         super().__init__(student, teacher, guidance, optimization, evaluation, space)
@@ -142,9 +140,8 @@ class Consistency(Method):
             return cond, cond, self.drawn(self.guidance)
         if not cond:
             raise ValueError(f"guidance_range={self.guidance_range}: the data carries no condition; set it to null.")
-        low, high = self.guidance_range
         rows = next(iter(cond.values()))
-        scale = low + (high - low) * torch.rand(len(rows), device=rows.device)
+        scale = draw_scales(self.guidance_range, len(rows), rows.device)
         scaled = {**cond, "guidance": scale}
         own = scaled if self.embed_guidance else cond
         if "guidance" in self.teacher.scalar_inputs:
@@ -180,19 +177,8 @@ class Consistency(Method):
 
 def _check_range(scales: tuple[float, float], guidance: GuidanceRule | None, solver: Solver | None) -> None:
     """Refuses settings that contradict a drawn guidance scale."""
-    if not 0 <= scales[0] < scales[1]:
-        raise ValueError(f"guidance_range={scales}: give 0 <= low < high, in the convention where 1 is no guidance.")
+    check_range(scales)
     if guidance is not None:
         raise ValueError("guidance and guidance_range are both set: leave one of them null.")
     if solver is None:
         raise ValueError(f"guidance_range={scales} guides the teacher's step, but solver is null: set solver, e.g. DDIM.")
-
-
-def _read_guidance(student: Denoiser, scales: tuple[float, float]) -> None:
-    """Gives the student its extra input."""
-    network: Any = student.network if isinstance(student, NetworkDenoiser) else None
-    if not hasattr(network, "add_scalar_input"):
-        raise ValueError(
-            f"guidance_range={scales}: the student's network cannot take an extra scalar input; set embed_guidance to false."
-        )
-    network.add_scalar_input("guidance")

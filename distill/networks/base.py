@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from distill.adapters import ScalarInput
+from distill.adapters import Adapter, AttachedAdapter, ScalarInput, remove_hooks, remove_lora, required
 from distill.networks.bottleneck import Bottleneck, Layer
 from distill.types import Cond, Sample, Time
 
@@ -73,14 +73,7 @@ class Network(nn.Module, ABC):
     def read_scalars(self, cond: Cond) -> None:
         """Hands each scalar input its value. Raises ValueError for one that is not in ``cond``."""
         for name, scalar in self.scalars.items():
-            scalar.value = read_scalar(cond, name)
-
-
-def read_scalar(cond: Cond, name: str) -> Tensor:
-    """``cond[name]`` ``(b,)`` for a network that cannot do without. Raises ValueError if it is missing."""
-    if name not in cond:
-        raise ValueError(f"cond[{name!r}] is missing: this network was trained with {name} as an input; pass a value.")
-    return cond[name]
+            scalar.value = required(cond, name)
 
 
 def inner_models(module: nn.Module) -> list[nn.Module]:
@@ -99,11 +92,15 @@ class DiffusersNetwork(Network):
         model_class: name of its class in diffusers.
         component: its folder in a pipeline's folder, ``unet`` or ``transformer``.
         model: the model itself.
+        adapters: what was attached to the model, by the name of its kind; see `add_adapter`.
+        guidance_targets: ends of the paths of the attentions that guidance adapters stand beside if they are told no others.
     """
 
     model_class: ClassVar[str]
     component: ClassVar[str]
     model: Any
+    adapters: nn.ModuleDict
+    guidance_targets: tuple[str, ...] = ("attn1", "attn")
 
     def __init__(self, config: dict[str, Any]):
         import diffusers
@@ -126,7 +123,7 @@ class DiffusersNetwork(Network):
 
     def _wrap(self, model: Any) -> None:
         self.model = model
-        self.scalars = nn.ModuleDict()
+        self.scalars, self.adapters = nn.ModuleDict(), nn.ModuleDict()
         self.widths = {}
         inputs, outputs = model.config.in_channels, model.config.out_channels
         if outputs not in (None, inputs, 2 * inputs):
@@ -175,8 +172,41 @@ class DiffusersNetwork(Network):
         if r is not None:
             raise ValueError(f"{self.model_class} has no second time input.")
         self.read_scalars(cond)
+        for adapter in self.attached():
+            adapter.read(x, time, cond)
         # A learned variance comes after the prediction, in channels of its own (Nichol & Dhariwal 2102.09672).
         return self.predict(self.cast(x), time, cond)[:, : x.shape[1]]
+
+    def class_embedding(self) -> tuple[nn.Module, int] | None:
+        """The module that embeds ``labels``, and the size of its output; None for a model without classes."""
+        return None
+
+    def attached(self) -> list[AttachedAdapter]:
+        """The adapters."""
+        return [adapter for adapter in self.adapters.values() if isinstance(adapter, AttachedAdapter)]
+
+    def add_adapter(self, settings: Adapter) -> AttachedAdapter:
+        """Attaches an adapter, at first without effect, and returns it.
+
+        Raises:
+            ValueError: there is one of its kind already, or the model has no such modules (see `Adapter.build`).
+        """
+        if settings.name in self.adapters:
+            raise ValueError(f"adapter={settings}: the network has one of this kind already; detach it first.")
+        adapter = settings.build(self)
+        self.adapters[settings.name] = adapter.to(next(self.model.parameters()).device)
+        return adapter
+
+    def detach_adapters(self) -> None:
+        """Leaves the model alone: removes adapters, extra scalar inputs and LoRA layers, with every hook.
+
+        The model's own weights are the tensors that they were, under the names that they had; LoRA layers are not merged.
+        """
+        for part in (*self.adapters.values(), *self.scalars.values()):
+            remove_hooks(self.model, part)
+        self.adapters, self.scalars = nn.ModuleDict(), nn.ModuleDict()
+        if getattr(self.model, "peft_config", None):
+            remove_lora(self.model)
 
     @abstractmethod
     def predict(self, x: Sample, time: Time, cond: Cond) -> Tensor:

@@ -38,6 +38,10 @@ class DiT(DiffusersNetwork):
         first = self._embeddings()[0].timestep_embedder
         return first, first.linear_1.in_features
 
+    def class_embedding(self) -> tuple[nn.Module, int] | None:
+        first = self._embeddings()[0].class_embedder
+        return first, first.embedding_table.embedding_dim
+
     def add_scalar_input(self, name: str) -> None:
         if name in self.scalars:
             return

@@ -81,9 +81,14 @@ class UNet2D(DiffusersNetwork):
         self.refuse_unknown(config, {"class_embed_type": None, "time_embedding_type": "positional"})
         self.shape = self.native_shape = (config.in_channels, *self.sample_size(config))
         self.num_classes = None if config.num_class_embeds is None else config.num_class_embeds - 1
+        self.guidance_targets = tuple(f"attentions.{number}" for number in range(config.layers_per_block + 1))
 
     def time_embedding(self) -> tuple[nn.Module, int]:
         return self.model.time_embedding, self.model.time_embedding.linear_1.in_features
+
+    def class_embedding(self) -> tuple[nn.Module, int] | None:
+        embedding = self.model.class_embedding
+        return None if embedding is None else (embedding, embedding.embedding_dim)
 
     def bottleneck(self, layer: Layer = "middle") -> Bottleneck:
         return unet_bottleneck(self.model, self.native_shape, layer)

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from distill.adapters import sinusoid
-from distill.networks.base import SCALAR_ORIGINS, DiffusersNetwork, read_scalar
+from distill.adapters import required, sinusoid
+from distill.networks.base import SCALAR_ORIGINS, DiffusersNetwork
 from distill.networks.bottleneck import Bottleneck, Layer, unet_bottleneck
 from distill.types import Cond, Sample, Time
 
@@ -23,6 +23,7 @@ class UNet2DCondition(DiffusersNetwork):
     """
 
     model_class, component = "UNet2DConditionModel", "unet"
+    guidance_targets = ("attn2",)
 
     def read_config(self, config: Any) -> None:
         self.refuse_unknown(
@@ -55,7 +56,7 @@ class UNet2DCondition(DiffusersNetwork):
         """What a latent consistency model adds to its embedded time, ``(b, time_cond_proj_dim)``; None for others."""
         if "guidance" not in self.own_scalars:
             return None
-        scale = read_scalar(cond, "guidance") - SCALAR_ORIGINS["guidance"]
+        scale = required(cond, "guidance") - SCALAR_ORIGINS["guidance"]
         return self.cast(sinusoid(1000 * scale, self.model.config.time_cond_proj_dim))
 
     def bottleneck(self, layer: Layer = "middle") -> Bottleneck:

@@ -1,4 +1,4 @@
-"""Extra inputs to an existing network. Here: a scalar added to what its time embedding is made of, zero at first."""
+"""An extra scalar input of an existing network, added to what its time embedding is made of, zero at first."""
 
 from __future__ import annotations
 
