@@ -126,7 +126,7 @@ def unfinished_shards(folder: str | Path, header: Mapping[str, Any], wanted: Ite
     return [number for number in wanted if number not in finished]
 
 
-# ------------------------------------------------------------------------------------------------- what both tools check
+# ------------------------------------------------------------------------------------------------- what the tools check
 
 
 def shared_null(cond: Cond, null: Cond, own: Collection[str], first: Cond | None = None) -> Cond:

@@ -1,11 +1,12 @@
 """Shards of samples made beforehand: WebDataset tars of plain arrays, with a manifest beside each that says what made them.
 
-Two kinds: encoded samples (tools/encode_latents.py) and noise-sample pairs (tools/make_pairs.py). ``00003-of-00010.tar`` holds
-``__header__`` (JSON), ``__null__`` (safetensors: null conditions that all samples share), and the members of each sample, such
-as ``KEY.x0.npy``, ``KEY.<condition>.npy``, ``KEY.txt``; WebDataset skips the first two. The manifest ``00003-of-00010.json`` is
-written last: ``header`` again, ``count``, ``bytes`` and ``sha256`` of the tar, ``offsets``, where each sample begins and the
-last one ends, ``first``, the number of the first sample, ``members``, their names, and ``places``, where the bytes of each
-member begin, how many they are, and their check sum: samples are read by these alone. Nothing is ever unpickled.
+Three kinds: encoded samples (tools/encode_latents.py), noise-sample pairs (tools/make_pairs.py), points of trajectories
+(tools/make_trajectories.py). ``00003-of-00010.tar`` holds ``__header__`` (JSON), ``__null__`` (safetensors: null conditions
+that all samples share), and the members of each sample, such as ``KEY.x0.npy``, ``KEY.<condition>.npy``, ``KEY.txt``;
+WebDataset skips the first two. The manifest ``00003-of-00010.json`` is written last: ``header`` again, ``count``,
+``bytes`` and ``sha256`` of the tar, ``offsets``, where each sample begins and the last one ends, ``first``, the number of the
+first sample, ``members``, their names, and ``places``, where the bytes of each member begin, how many they are, and their check
+sum: samples are read by these alone. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -26,8 +27,12 @@ from torch import Tensor
 from datamodules.members import checksum
 
 FORMAT = 1
-Kind = Literal["encoded", "pairs"]
-TOOLS = {"encoded": "tools/encode_latents.py", "pairs": "tools/make_pairs.py"}
+Kind = Literal["encoded", "pairs", "trajectories"]
+TOOLS = {
+    "encoded": "tools/encode_latents.py",
+    "pairs": "tools/make_pairs.py",
+    "trajectories": "tools/make_trajectories.py",
+}
 MADE_BY = ("codec", "conditioner", "teacher")
 MAY_DIFFER = ("shard", "computed_by")
 EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds")

@@ -37,6 +37,8 @@ class Batch:
         noise: the unit noise ``(b, *shape)`` paired with ``x0``, or None when noise is drawn freely.
         prompts: texts that a conditioner has yet to turn into conditions, or None.
         encoded: whether ``x0`` is in model space already (a precomputed latent) rather than pixels in [-1, 1].
+        time: times ``(b,)`` of points of a teacher's trajectories, in its own schedule, or None when times are drawn freely.
+            ``x0`` is then what the guided teacher predicted at the point ``x_t = alpha x0 + sigma noise``.
     """
 
     x0: Tensor | None
@@ -45,6 +47,7 @@ class Batch:
     noise: Tensor | None = None
     prompts: list[str] | None = None
     encoded: bool = False
+    time: Tensor | None = None
 
     def __len__(self) -> int:
         """Samples in the batch. Raises ValueError for one of nothing."""
@@ -67,7 +70,8 @@ class DataSpec:
         codec: sha256 of the codec that the delivered latents were made by, or None for pixels.
         conditioner: sha256 of the conditioner that the delivered conditions were made by, or None.
         paired: whether batches carry the noise that ``x0`` belongs to.
-        teacher: sha256 of the teacher whose pairs these are, or None.
+        teacher: sha256 of the teacher whose pairs or trajectories these are, or None.
+        trajectories: whether batches are points of a guided teacher's trajectories (`Batch.time`) rather than data.
     """
 
     shape: tuple[int, ...]
@@ -78,6 +82,7 @@ class DataSpec:
     conditioner: str | None = None
     paired: bool = False
     teacher: str | None = None
+    trajectories: bool = False
 
 
 def label_conditions(labels: Labels, num_classes: int) -> tuple[Cond, Cond]:

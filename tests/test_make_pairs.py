@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import random
-import signal
-import time
 from pathlib import Path
 
+import drawing
 import numpy
 import pytest
 import tiny_samples
 import torch
+from drawing import contents, write_teacher
 from script import load_script
 
 from datamodules.digits import DigitsDataModule
@@ -24,17 +21,14 @@ from distill.anchored import AnchoredGuidance
 from distill.checkpoints import atomic_writer
 from distill.codecs import AutoencoderKLCodec
 from distill.conditioners import ClipConditioner
-from distill.denoiser import NetworkDenoiser
 from distill.frozen import Frozen
 from distill.grids import UniformGrid
 from distill.guidance import ClassifierFreeGuidance
 from distill.inversion import invert
 from distill.metrics.features import to_uint8
-from distill.networks.unet2d import UNet2D
 from distill.noise import SeededNoise
-from distill.pretrained import PretrainedDenoiser, save_denoiser
+from distill.pretrained import PretrainedDenoiser
 from distill.samplers import OdeSampler, RenoiseSampler
-from distill.schedules import RectifiedFlow
 from distill.solvers import Euler, Heun
 from distill.space import ModelSpace
 from distill.types import Batch, label_conditions
@@ -51,17 +45,6 @@ batch_size: 2
 device: cpu
 """
 SAMPLER = OdeSampler(Euler(), UniformGrid())
-
-
-def write_teacher(folder: Path, channels: int = 1, size: int = 8, num_classes: int | None = 10, seed: int = 0) -> Path:
-    """A small random flow; not too near to zero, for guidance to be seen."""
-    torch.manual_seed(seed)
-    settings = dict(channels=(8,), layers_per_block=1, attention=(False,), heads_width=8, groups=2)
-    network = UNet2D(channels, size, num_classes, **settings)
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    save_denoiser(NetworkDenoiser(network, RectifiedFlow(), "flow"), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +70,7 @@ def all_of(module: PairsDataModule) -> Batch:
 
 
 def refused(capsys, recipe: Path, out: Path, *arguments) -> str:
-    """The line that the tool ends with."""
-    with pytest.raises(SystemExit) as end:
-        tool.main(["--config", str(recipe), "--out", str(out), *map(str, arguments)])
-    return f"{end.value} {capsys.readouterr().err}"
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.iterdir()}
+    return drawing.refused(tool, capsys, recipe, out, *arguments)
 
 
 @torch.no_grad()
@@ -137,7 +113,8 @@ def test_header_and_manifest_say_what_made_them(recipe, teacher, tmp_path):
     header, identity = manifest["header"], PretrainedDenoiser(str(teacher)).identity
     assert header["kind"] == "pairs" and header["teacher"] == identity and module.spec.teacher == identity["sha256"]
     assert header["sampler"]["init_args"]["solver"]["class_path"] == "distill.solvers.Euler"
-    assert header["guidance"]["init_args"] == {"scale": 2, "sigma_low": None, "sigma_high": None}
+    assert header["guidance"]["class_path"].endswith("ClassifierFreeGuidance")
+    assert header["guidance"]["init_args"]["scale"] == 2
     assert [header[key] for key in ("steps", "seed", "total", "of", "shard", "batch_size")] == [2, 3, 11, 2, 1, 2]
     assert (header["shape"], header["num_classes"], header["store"]) == ([1, 8, 8], 10, "array")
     assert (manifest["count"], manifest["first"], header["computed_by"]["device"]) == (5, 6, "cpu")
@@ -306,51 +283,10 @@ def test_tasks_of_an_array_make_the_pairs_of_one_command_to_the_bit(recipe, tmp_
     assert "11 pairs made; 4 shards made, 0 were there, of 4 in all" in capsys.readouterr().out
 
 
-def start(arguments: list[str]) -> int:
-    """A process of its own that runs the tool; forked, so that nothing is imported again."""
-    child = os.fork()
-    if child:
-        return child
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
-        try:
-            tool.main(arguments)
-        finally:
-            os._exit(0)
-    raise AssertionError
-
-
-def wait_until(happened, child: int) -> None:
-    """Until something happened, or the process has ended."""
-    while not happened() and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        time.sleep(0.001)
-
-
-def kill_at_random(arguments: list[str], out: Path, chance: random.Random) -> bool:
-    """Runs the tool and kills it: while it starts, or at some time after it has begun to write. Whether it still ran."""
-    child, began = start(arguments), time.monotonic()
-    if chance.random() < 0.2:
-        pause = chance.uniform(0, 0.5)
-        wait_until(lambda: time.monotonic() - began > pause, child)
-    else:
-        wait_until(lambda: any(str(child) in path.name for path in out.glob("*.partial")), child)
-        ends = time.monotonic() + chance.uniform(0, 0.15)
-        wait_until(lambda: time.monotonic() > ends, child)
-    os.kill(child, signal.SIGKILL)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-
-
 def test_killed_twenty_times_and_restarted_the_folder_is_the_same_to_the_byte(recipe, tmp_path):
     arguments = ["--config", str(recipe), "--count=80", "--of=20", "--batch-size=2", "--out"]
-    tool.main([*arguments, str(tmp_path / "whole")])
-    whole, chance, kills, left, folders = contents(tmp_path / "whole"), random.Random(0), 0, 0, 0
-    while kills < 20:  # a folder that is finished too soon is compared, and another one begun
-        out, folders = tmp_path / str(folders), folders + 1
-        while kills < 20 and kill_at_random([*arguments, str(out)], out, chance):
-            kills += 1
-            left += len(list(out.glob("*.partial")))
-        tool.main([*arguments, str(out)])
-        assert contents(out) == whole
-    assert left > 0 and len(whole) == 40  # some died while they wrote
+    drawing.check_killed_and_restarted(tool, arguments, tmp_path, 20)
+    assert len(contents(tmp_path / "whole")) == 40
 
 
 def test_only_what_killed_tasks_left_of_the_own_shards_is_removed(recipe, tmp_path):
@@ -414,7 +350,7 @@ def test_one_folder_holds_one_teacher_and_one_protocol(recipe, tmp_path, capsys,
 def test_another_torch_or_device_goes_on_with_the_folder(recipe, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     tool.main(["--config", str(recipe), "--out", str(out), "--of=2", "--shard=0"])
-    monkeypatch.setattr(tool, "device_name", lambda device: "another machine")
+    monkeypatch.setattr("distill.shard_jobs.header.device_name", lambda device: "another machine")
     module = make(recipe, out, "--of=2")
     assert [shard.header["computed_by"]["device"] for shard in module.shards] == ["cpu", "another machine"]
 

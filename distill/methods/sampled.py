@@ -32,6 +32,7 @@ class SampledModule(LightningModule, ABC):
         guidance: how the teacher is guided, or None.
         evaluation: what is drawn and measured.
         sample_shape: shape of one sample in model space; `check_data` sets it from the data.
+        reads_trajectories: whether `losses` take points of a teacher's trajectories, whose ``x0`` is a prediction and no data.
     """
 
     student: Denoiser
@@ -42,6 +43,7 @@ class SampledModule(LightningModule, ABC):
     _teacher: Frozen | None
     _space: Frozen
     sample_shape: tuple[int, ...] | None = None
+    reads_trajectories: bool = False
 
     def generator(self, student: Denoiser) -> Denoiser:
         """The denoiser that is sampled, made of the student or its average: itself, unless a method wraps it."""
@@ -164,11 +166,16 @@ class SampledModule(LightningModule, ABC):
         return self.to_pixels(self.draw(steps, indices, ready.cond, ready.null, self.evaluation.seed, source))
 
     def check_data(self, spec: DataSpec) -> None:
-        """Refuses data that a network does not fit, and takes the shape of samples from it.
+        """Refuses data that a network does not fit or the method does not read, and takes the shape of samples from it.
 
         Raises:
             ValueError: naming the keys and both values.
         """
+        if spec.trajectories and not self.reads_trajectories:
+            raise ValueError(
+                f"data delivers points of a teacher's trajectories, which {type(self).__name__} would take for data: give "
+                "images, latents or pairs, or a method that distils guidance."
+            )
         spec = self.space.spec(spec)
         if self.has_teacher:
             check_fit("model.teacher", self.teacher, spec)
@@ -177,10 +184,11 @@ class SampledModule(LightningModule, ABC):
         self.sample_shape = spec.shape
 
     def _check_pairs(self, spec: DataSpec) -> None:
-        """Refuses pairs of another teacher."""
+        """Refuses pairs or trajectories of another teacher."""
         own = identity_of(self.teacher)
         if spec.teacher is not None and spec.teacher != (own or {}).get("sha256"):
+            made = "trajectories" if spec.trajectories else "pairs"
             raise ValueError(
-                f"data holds pairs of a teacher with sha256 {spec.teacher[:12]}, but model.teacher is {own}: "
-                "give the same weights, or make pairs of these by tools/make_pairs.py."
+                f"data holds {made} of a teacher with sha256 {spec.teacher[:12]}, but model.teacher is {own}: "
+                f"give the same weights, or make {made} of these by tools/make_{made}.py."
             )
