@@ -85,6 +85,24 @@ class PowerWeight(Weight):
         return schedule.alpha(t) ** self.alpha * schedule.sigma(t) ** self.sigma
 
 
+class TruncatedSnrWeight(Weight):
+    """``max(alpha^2 / sigma^2, 1)`` (Salimans & Ho 2202.00512, section 4, "truncated SNR"; Meng et al. 2210.03142).
+
+    It makes the squared error of x0 the greater of that and of the squared error of the noise, sample by sample: two x0 at the
+    same ``x`` are ``sigma / alpha`` times as far apart as their noises.
+    """
+
+    def __call__(self, schedule: NoiseSchedule, t: Time, u: Time) -> PerSample:
+        return (schedule.alpha(t) / schedule.sigma(t)).square().clamp(min=1)
+
+
+class SnrPlusOneWeight(Weight):
+    """``1 + alpha^2 / sigma^2`` (Salimans & Ho 2202.00512, section 4): where the variance is preserved, the error of v."""
+
+    def __call__(self, schedule: NoiseSchedule, t: Time, u: Time) -> PerSample:
+        return 1 + (schedule.alpha(t) / schedule.sigma(t)).square()
+
+
 class VariationalScoreWeight(Weight):
     """``alpha sigma`` on x0, which is ``sigma^2`` on the difference of the noises (VSD as in SwiftBrush, 2312.05239)."""
 

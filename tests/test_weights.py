@@ -9,7 +9,15 @@ from torch import nn
 
 from distill.denoiser import NetworkDenoiser
 from distill.schedules import RectifiedFlow, VarianceExploding
-from distill.weights import ConstantWeight, InverseGapWeight, KarrasWeight, PowerWeight, PredictionWeight
+from distill.weights import (
+    ConstantWeight,
+    InverseGapWeight,
+    KarrasWeight,
+    PowerWeight,
+    PredictionWeight,
+    SnrPlusOneWeight,
+    TruncatedSnrWeight,
+)
 
 VE, RF = VarianceExploding(), RectifiedFlow()
 
@@ -82,3 +90,26 @@ def test_prediction_weight_is_least_where_there_is_no_signal():
 def test_spread_of_the_data_is_positive(make):
     with pytest.raises(ValueError, match="sigma_data=0.0"):
         make(sigma_data=0.0)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_truncated_snr_is_the_greater_of_the_errors_of_x0_and_of_the_noise(name):
+    """Sample by sample, of two x0 at the same x; SNR + 1 is the error of v where the variance is preserved."""
+    schedule = SCHEDULES[name]
+    t = schedule.t_min + torch.tensor([0.004, 0.05, 0.6, 0.98], dtype=torch.float64) * (schedule.t_max - schedule.t_min)
+    x, one, other = torch.randn(3, 4, 1, 2, 2, dtype=torch.float64).unbind(0)
+    of_x0 = (one - other).square().sum((1, 2, 3))
+    of_eps = (schedule.eps(x, one, t) - schedule.eps(x, other, t)).square().sum((1, 2, 3))
+    torch.testing.assert_close(TruncatedSnrWeight()(schedule, t, t) * of_x0, torch.maximum(of_x0, of_eps), rtol=1e-9, atol=0)
+    torch.testing.assert_close(SnrPlusOneWeight()(schedule, t, t) * of_x0, of_x0 + of_eps, rtol=1e-9, atol=0)
+    assert of_eps[0] > of_x0[0] and of_eps[3] < of_x0[3]  # either side of the truncation is seen
+    if name.startswith("vp"):
+        of_v = PredictionWeight("v")(schedule, t, t) * of_x0
+        torch.testing.assert_close(SnrPlusOneWeight()(schedule, t, t) * of_x0, of_v, rtol=1e-9, atol=0)
+
+
+def test_snr_weights_by_hand():
+    """Rectified flow at 0.25 and 0.8: alpha / sigma is 3 and 1/4."""
+    t = torch.tensor([0.25, 0.8])
+    assert TruncatedSnrWeight()(RF, t, t).tolist() == pytest.approx([9.0, 1.0])
+    assert SnrPlusOneWeight()(RF, t, t).tolist() == pytest.approx([10.0, 1.0625])

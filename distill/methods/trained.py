@@ -181,10 +181,7 @@ class TrainedModule(LightningModule, ABC):
             flag = bad.float()
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             bad = flag > 0
-        own_step = self.player_step(index, step)
-        budget = self.trainer.max_steps  # -1 for a run that ends by time
-        own_budget = budget if budget < 0 else self.player_step(index, budget)
-        rate = player.optimization.learning_rate.factor(own_step, own_budget)
+        own_step, rate = self.player_step(index, step), self.rate_factor(index, step)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
         step_unless(bad, optimizer.optimizer, optimizer.step)
@@ -197,6 +194,12 @@ class TrainedModule(LightningModule, ABC):
         shown = torch.full((), optimizer.param_groups[0]["lr"], device=self.device)
         self.log(f"train/{player.name}/learning_rate", shown, batch_size=1)
         self.log("train/skipped_steps", self.skipped.total.float(), batch_size=1)
+
+    def rate_factor(self, index: int, step: int) -> float:
+        """The factor on the learning rate of player ``index`` at optimiser step ``step``."""
+        budget = self.trainer.max_steps  # -1 for a run that ends by time
+        own_budget = budget if budget < 0 else self.player_step(index, budget)
+        return self._players[index].optimization.learning_rate.factor(self.player_step(index, step), own_budget)
 
     def after_student_step(self, step: int, images: int, skipped: Tensor) -> None:
         """Moves the averages after the student's 0-based ``step`` on ``images`` images, unless the step was ``skipped``."""
