@@ -35,6 +35,20 @@ def write_sdxl(folder: Path) -> None:
     tiny_codecs.kl(folder)
 
 
+def write_sd21(folder: Path) -> None:
+    """Stable Diffusion 2.1, which predicts v, but its safety checker."""
+    FAMILIES["sd2"].save(folder)
+    tiny_text.clip_tokenizer(folder)
+    tiny_text.clip_text_model(folder, width=FAMILIES["sd2"].config["cross_attention_dim"])
+    tiny_codecs.kl(folder)
+
+
+def write_dit(folder: Path) -> None:
+    """DiT with its autoencoder."""
+    FAMILIES["dit"].save(folder)
+    tiny_codecs.kl(folder)
+
+
 def write_edm(folder: Path, num_classes: int | None = None) -> None:
     """A converted EDM network of 8x8 pixels."""
     torch.manual_seed(0)
@@ -44,7 +58,9 @@ def write_edm(folder: Path, num_classes: int | None = None) -> None:
 
 WRITERS = {
     "sd15": write_sd15,
+    "sd21": write_sd21,
     "sdxl": write_sdxl,
+    "dit": write_dit,
     "captions": tiny_captions.write_captions,
     "edm_cifar10": write_edm,
     "edm_imagenet64": partial(write_edm, num_classes=10),

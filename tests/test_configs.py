@@ -33,10 +33,10 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FRAGMENTS = ("data", "teachers", "spaces")
 FILES = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name not in FRAGMENTS)
 OVERRIDES = {path.with_suffix("").with_suffix(".yaml"): path for path in FILES if path.suffixes == [".tiny", ".yaml"]}
-PAIRS = [path for path in FILES if path.name == "pairs.yaml"]
-"""What tools/make_pairs.py reads."""
-RECIPES = [path for path in FILES if path not in [*OVERRIDES.values(), *PAIRS]]
-make_pairs = load_script("make_pairs")
+DRAWS = [path for path in FILES if path.name in ("pairs.yaml", "trajectories.yaml")]
+"""What tools/make_pairs.py and tools/make_trajectories.py read."""
+RECIPES = [path for path in FILES if path not in [*OVERRIDES.values(), *DRAWS]]
+make_pairs, make_trajectories = load_script("make_pairs"), load_script("make_trajectories")
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 QUICK = ["--data.init_args.batch_size=8", *QUIET]
 
@@ -67,19 +67,21 @@ def standins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def made_pairs(standins: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs of all teachers, made by the tool once, in the folders where the recipes look for them."""
-    root = tmp_path_factory.mktemp("pairs")
+def made(standins: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs and trajectories of all teachers, made by the tools once, in the folders where the recipes look for them."""
+    root = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         write_digits_teachers()
         Path("runs/tiny").symlink_to(standins)
         Path("data").mkdir()
         Path("data/prompts.txt").write_text("a photo of the digit seven\na photo of the digit two\n")
-        for name, more in PAIR_FOLDERS.items():
-            config = CONFIGS / name.split("_")[0] / "pairs.yaml"
-            tiny = ["--config", str(OVERRIDES[config])] if config in OVERRIDES else []
-            make_pairs.main(["--config", str(config), *tiny, *more, "--out", f"data/pairs/{name}"])
+        for kind, folders in (("pairs", PAIR_FOLDERS), ("trajectories", TRAJECTORY_FOLDERS)):
+            for name, more in folders.items():
+                config = CONFIGS / name.split("_")[0] / f"{kind}.yaml"
+                tiny = ["--config", str(OVERRIDES[config])] if config in OVERRIDES else []
+                tool = make_pairs if kind == "pairs" else make_trajectories
+                tool.main(["--config", str(config), *tiny, *more, "--out", f"data/{kind}/{name}"])
     return root / "data"
 
 
@@ -93,6 +95,9 @@ PAIR_FOLDERS = {
     "sd15": [],
     "sd15_reflow": ["--guidance.init_args.scale=1.5"],
 }
+TRAJECTORY_FOLDERS: dict[str, list[str]] = {"digits": ["--steps=2", "--count=16"], "dit": [], "sd21": [], "sdxl": []}
+STORED = ("data/pairs/", "pairs_digits.yaml", "data/trajectories/", "trajectories_digits.yaml")
+"""What a recipe that is trained on pairs or trajectories names."""
 
 
 def turns_before_the_student(recipe: Path) -> int:
@@ -107,8 +112,8 @@ def test_every_recipe_trains_two_steps(
 ) -> None:
     """Those for full-size teachers through the tiny override beside them: it changes sizes, places and the data."""
     Path("runs/tiny").symlink_to(standins)
-    if "data/pairs/" in recipe.read_text() or "pairs_digits.yaml" in recipe.read_text():
-        Path("data").symlink_to(request.getfixturevalue("made_pairs"))
+    if any(name in recipe.read_text() for name in STORED):
+        Path("data").symlink_to(request.getfixturevalue("made"))
     Path("runs/captions").symlink_to(standins / "captions")
     tiny = OVERRIDES.get(recipe)
     more = QUICK if tiny is None else ["--config", str(tiny), *QUIET]
@@ -124,18 +129,18 @@ def test_every_recipe_trains_two_steps(
     load_run("run")
 
 
-@pytest.mark.parametrize("name", ["reflow", "reflow_pp", "perflow"])
-def test_flow_recipes_resume_to_the_bit(name: str, folder: Path, made_pairs: Path) -> None:
-    """Pairs of one folder and of two, and windows that are solved in the loop."""
-    Path("data").symlink_to(made_pairs)
+@pytest.mark.parametrize("name", ["reflow", "reflow_pp", "perflow", "agd", "agd_trajectories", "gft"])
+def test_recipes_resume_to_the_bit(name: str, folder: Path, made: Path) -> None:
+    """Pairs of one folder and of two, windows solved in the loop, adapters, stored points, a guided teacher in training."""
+    Path("data").symlink_to(made)
     cut, whole = train_cut_and_whole(str(CONFIGS / f"digits/{name}.yaml"), *QUICK, "--trainer.limit_val_batches=0")
     for key in ("state_dict", "optimizer_states", "distill"):
         assert same(cut[key], whole[key]), key
 
 
-def test_pairs_are_trained_on_and_real_digits_validated_on(folder: Path, made_pairs: Path) -> None:
+def test_pairs_are_trained_on_and_real_digits_validated_on(folder: Path, made: Path) -> None:
     """One batch: distances of the student's samples to the real digits, and the measures of both flows."""
-    Path("data").symlink_to(made_pairs)
+    Path("data").symlink_to(made)
     one = ["--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.limit_val_batches=1", *QUICK]
     main(["fit", "--config", str(CONFIGS / "digits/reflow.yaml"), *one])
     rows = list(csv.DictReader(Path("runs/digits/reflow/csv/metrics.csv").open()))

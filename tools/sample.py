@@ -41,6 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", nargs="+", help="prompts to run through")
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 is none")
     parser.add_argument("--solver", choices=sorted(SOLVERS), help="of a teacher (default heun)")
+    parser.add_argument("--adapters", help="file of tools/adapters.py that is attached to the teacher")
     parser.add_argument("--batch-size", type=int, default=300, help="samples at once; does not change them")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     parser.add_argument("--out", required=True, help="folder to write")
@@ -50,6 +51,8 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')}={getattr(arguments, name)}: give at least {least}.")
     if arguments.run and arguments.solver:
         parser.error("--solver is for --teacher: a run's student is sampled by the sampler of its config.")
+    if arguments.run and arguments.adapters:
+        parser.error("--adapters is for --teacher: a run's student has its own.")
     return arguments
 
 
@@ -58,21 +61,29 @@ class TeacherSource:
 
     def __init__(self, arguments: argparse.Namespace):
         from distill import grids, samplers, solvers
+        from distill.adapter_files import load_adapters
         from distill.pretrained import PretrainedDenoiser
         from distill.schedules import VarianceExploding
         from distill.space import space_of
 
-        denoiser = PretrainedDenoiser(arguments.teacher).to(arguments.device).eval()
+        denoiser = PretrainedDenoiser(arguments.teacher).to(arguments.device)
+        if arguments.adapters:
+            load_adapters(denoiser, arguments.adapters)
+        denoiser.eval()
         solver = arguments.solver or "heun"
         grid = grids.KarrasGrid() if isinstance(denoiser.schedule, VarianceExploding) else grids.UniformGrid()
         self.denoiser: Denoiser = denoiser
+        self.network = denoiser.network
         self.sampler = samplers.OdeSampler(getattr(solvers, SOLVERS[solver])(), grid)
         self.num_classes, self.space = denoiser.num_classes, space_of(arguments.teacher, denoiser.network)
         self.space.to(arguments.device)
         self.shape = denoiser.network.native_shape
         if denoiser.widths and not arguments.prompts:
             raise ValueError(f"--prompts is missing: the teacher {arguments.teacher} draws what prompts say.")
+        if arguments.guidance is None and "guidance" in set(denoiser.scalar_inputs) - set(self.network.own_scalars):
+            raise ValueError("--guidance is missing: this teacher reads a guidance scale; give one, 1 is none.")
         self.record = {"teacher": denoiser.identity, "solver": solver, "grid": type(grid).__name__}
+        self.record |= {"adapters": arguments.adapters} if arguments.adapters else {}
 
     def examples(self, count: int) -> Batch:
         """The classes in turn."""
@@ -103,6 +114,7 @@ class RunSource:
             raise ValueError(f"--run {arguments.run}: a {type(method).__name__} draws no samples; give the run of a method.")
         self.method: Any = method
         self.method.to(arguments.device)
+        self.network = (self.method.ema.module if arguments.weights == "ema" else self.method.student).network
         self.num_classes, self.space, self.examples = method.student.num_classes, method.space, data.examples
         self.record = {"run": str(arguments.run), "checkpoint": arguments.checkpoint, "weights": arguments.weights}
         self.record["batches_trained"] = self.method.batches_seen
@@ -144,15 +156,26 @@ def rows(batch: Batch, indices: range, device: str) -> Batch:
 
 @torch.no_grad()
 def draw_all(source: Any, arguments: argparse.Namespace, wanted: Batch) -> Tensor:
-    """All samples ``(num, c, h, w)`` as pixels in [-1, 1], on the CPU, batch by batch under a progress bar."""
+    """All samples ``(num, c, h, w)`` as pixels in [-1, 1], on the CPU, batch by batch under a progress bar.
+
+    ``source.evaluations`` is then how many evaluations of the network each has cost, as counted.
+    """
     from tqdm import tqdm
 
     space: ModelSpace = source.space
-    batches = []
+    batches, evaluated = [], 0
+
+    def count(module: torch.nn.Module, args: Any, output: Tensor) -> None:
+        nonlocal evaluated
+        evaluated += len(output)  # a row is one evaluation of one sample
+
+    counting = source.network.register_forward_hook(count)
     for first in tqdm(range(0, arguments.num, arguments.batch_size), desc="sampling", unit="batch"):
         indices = range(first, min(first + arguments.batch_size, arguments.num))
         ready = space.encode(rows(wanted, indices, arguments.device))
         batches.append(space.decode(source.draw(arguments, indices, ready)).cpu())
+    counting.remove()
+    source.evaluations = evaluated / arguments.num
     return torch.cat(batches)
 
 
@@ -182,6 +205,7 @@ def write(out: Path, samples: Tensor, labels: Tensor | None, source: Any, argume
     numpy.savez_compressed(out / "samples.npz", *arrays)
     keys = ("seed", "steps", "guidance", "num", "prompts", "device")
     record = source.record | {key: getattr(arguments, key) for key in keys}
+    record["evaluations"] = source.evaluations
     record["versions"] = {"distill": version("distill"), "torch": torch.__version__}
     (out / "samples.json").write_text(json.dumps(record, indent=2) + "\n")
     save_grid({f"{arguments.run or arguments.teacher}, steps: {arguments.steps}": samples[:100]}, out / "grid.png")

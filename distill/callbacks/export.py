@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from distill.edm_checkpoints import is_edm, save_edm
 from distill.export.pipelines import pipeline_name, write_pipeline
 from distill.export.schedulers import Scheduling
 from distill.export.sources import find_sources
+from distill.export.weights import reads_guidance
 from distill.few_step import FewStepSampler
-from distill.pretrained import check_exportable, save_denoiser
+from distill.pretrained import check_exportable, save_denoiser, save_scalars
 from distill.schedulers import make_scheduler
 
 
@@ -68,5 +70,10 @@ def write_teacher(method: Any, folder: Path) -> None:
         save_denoiser(denoiser, folder)
         return
     folder.mkdir(parents=True)
-    name = pipeline_name(denoiser.network)
-    write_pipeline(folder, name, denoiser.network, Scheduling(make_scheduler(denoiser)), find_sources(method))
+    network: Any = denoiser.network
+    plain = network
+    if network.scalars and not reads_guidance(network):
+        plain = copy.deepcopy(network)
+        plain.detach_adapters()
+        save_scalars(network, folder)
+    write_pipeline(folder, pipeline_name(plain), plain, Scheduling(make_scheduler(denoiser)), find_sources(method))

@@ -88,6 +88,11 @@ class Method(SampledModule, TrainedModule, ABC):
         return super().load_state_dict({**state_dict, **{name: present[name] for name in shared}}, strict, assign)
 
     @property
+    def guides(self) -> dict[str, Any]:
+        """Path and hash of each further network by which the teacher is guided, by name."""
+        return {} if self.guidance is None else self.guidance.identity
+
+    @property
     def trained_sampling(self) -> dict[str, Any] | None:
         """Settings of the sampler that the student is trained for, which a checkpoint keeps; None if it is for any."""
         return None
@@ -95,7 +100,7 @@ class Method(SampledModule, TrainedModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         teacher = None if self._teacher is None else identity_of(self._teacher.module)
-        checkpoint["distill"] |= {"teacher": teacher, "space": self.space.identity}
+        checkpoint["distill"] |= {"teacher": teacher, "space": self.space.identity, "guidance": self.guides}
         if self.trained_sampling is not None:
             checkpoint["distill"]["sampler"] = self.trained_sampling
 
@@ -106,10 +111,13 @@ class Method(SampledModule, TrainedModule, ABC):
             raise ValueError("The checkpoint is of a part of a pipeline (autoencoder, text tower), not of a method.")
         theirs = {"teacher": saved["teacher"], **{f"space.{part}": value for part, value in saved.get("space", {}).items()}}
         own |= {f"space.{part}": value for part, value in self.space.identity.items()}
-        for part, identity in theirs.items():
-            if (identity or {}).get("sha256") != (own[part] or {}).get("sha256"):
+        theirs |= {f"guidance.{part}": value for part, value in saved.get("guidance", {}).items()}
+        own |= {f"guidance.{part}": value for part, value in self.guides.items()}
+        for part in own.keys() | theirs.keys():
+            identity = theirs.get(part)
+            if (identity or {}).get("sha256") != (own.get(part) or {}).get("sha256"):
                 raise ValueError(
-                    f"The checkpoint was trained with the {part} {identity}, but model.{part} is {own[part]}: "
+                    f"The checkpoint was trained with the {part} {identity}, but model.{part} is {own.get(part)}: "
                     "give the same, or start a new run."
                 )
         if (sampling := saved.get("sampler")) != self.trained_sampling:
