@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from pytorch_lightning import LightningDataModule
 
@@ -26,3 +27,7 @@ class DataModule(LightningDataModule, ABC):
     @abstractmethod
     def examples(self, count: int) -> Batch:
         """A batch without ``x0``: conditions, or prompts, of ``count`` typical samples, for pictures. The same at each call."""
+
+    def held_out_dataloader(self) -> Any:
+        """Batches of what validation reads and training never does, each rank its share; by default all of it."""
+        return self.val_dataloader()

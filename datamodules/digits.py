@@ -113,5 +113,8 @@ class DigitsDataModule(OrderedDataModule):
     def evaluation_items(self) -> Tensor:
         return torch.arange(SIZE)
 
+    def held_out_items(self) -> Tensor:
+        return split(load_digits()[1], self.holdout)[1] if self.holdout else self.evaluation_items()
+
     def order(self) -> dict[str, int]:
         return {"seed": self.seed, "holdout": self.holdout}

@@ -19,7 +19,7 @@ from distill.types import Batch, DataSpec
 
 NOT_CONDITIONS = ("noise", "prompt")
 GUIDANCE = ("guidance", "guidance_range", "anchored")
-SAME = ("teacher", "codec", "conditioner", *GUIDANCE, "shape", "num_classes", "widths", "prompts")
+SAME = ("teacher", "codec", "conditioner", *GUIDANCE, "guidance_networks", "shape", "num_classes", "widths", "prompts")
 """What folders that are read together must agree in; samplers, their steps, and forms of storage may differ."""
 
 
@@ -92,7 +92,7 @@ def read_folders(
         for key in SAME:
             if not same(header, first, key):
                 raise ValueError(
-                    f"folder={name!r}: its {kind} have {key}={header[key]}, those of {folders[0]!r} {key}={first[key]}: read "
+                    f"folder={name!r}: its {kind} have {key}={header.get(key)}, those of {folders[0]!r} {first.get(key)}: read "
                     f"together they are no {kind} of one flow; {again(kind)} with the same {key}."
                 )
         check(name, header)
@@ -169,6 +169,9 @@ class DrawnDataModule(ShardedDataModule):
 
     def val_dataloader(self) -> OrderedLoader:
         return super().val_dataloader() if self.real is None else self.real.val_dataloader()
+
+    def held_out_dataloader(self) -> OrderedLoader:
+        return self.val_dataloader() if self.real is None else self.real.held_out_dataloader()
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader

@@ -146,5 +146,15 @@ class OrderedDataModule(DataModule):
         mine = list(batches[rank::ranks])
         return OrderedLoader(self.rows(), lambda: mine, len(mine), self.num_workers)
 
+    def held_out_items(self) -> Tensor:
+        """Of `evaluation_items` those that are never trained on, where the data keeps any back; else all."""
+        return self.evaluation_items()
+
+    def held_out_dataloader(self) -> OrderedLoader:
+        """Those samples, in order, every rank its share."""
+        rank, ranks = self.ranks
+        mine = list(self.held_out_items()[rank::ranks].split(self.eval_batch_size))
+        return OrderedLoader(self.rows(), lambda: mine, len(mine), self.num_workers)
+
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader

@@ -95,8 +95,9 @@ def as_tensor(array: numpy.ndarray) -> Tensor:
 def spec_of(header: dict[str, Any], **more: Any) -> DataSpec:
     """What the samples of shards with this header are."""
     codec, conditioner = ((header[part] or {}).get("sha256") for part in ("codec", "conditioner"))
-    widths = dict(header["widths"])
-    return DataSpec(tuple(header["shape"]), header["num_classes"], widths=widths, codec=codec, conditioner=conditioner, **more)
+    scales = header.get("guidance_range")
+    more |= {"widths": dict(header["widths"]), "guidance_range": None if scales is None else tuple(scales)}
+    return DataSpec(tuple(header["shape"]), header["num_classes"], codec=codec, conditioner=conditioner, **more)
 
 
 class ShardedDataModule(OrderedDataModule):

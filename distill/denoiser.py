@@ -10,7 +10,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +110,18 @@ class Denoiser(nn.Module, ABC):
         expects there.
         """
         return self if schedule.same_as(self.schedule) else ScheduleView(self, schedule)
+
+
+def refuse_own_noise(user: object, source: Any) -> None:
+    """Raises ValueError, in the name of ``user``, which reads x0 alone, for what goes on with a noise of its own.
+
+    ``source`` is a denoiser, a guidance rule, or None.
+    """
+    if getattr(source, "own_noise", False):
+        raise ValueError(
+            f"{type(user).__name__}: {type(source).__name__} goes on with a noise of its own (CfgPlusPlus), which is not "
+            "followed here; use DDIM in an OdeSampler, or another rule."
+        )
 
 
 class NetworkDenoiser(Denoiser):

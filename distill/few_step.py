@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from distill.denoiser import Denoiser
+from distill.denoiser import Denoiser, refuse_own_noise
 from distill.samplers import FreshNoise, Sampler
 from distill.schedules import NoiseSchedule
 from distill.types import Cond, Sample, Time
@@ -102,6 +102,7 @@ class FewStepSampler(Sampler):
     ) -> Sample:
         if not 1 <= steps <= len(self):
             raise ValueError(f"steps={steps}: this student was trained for {len(self)} of them at most; give no more.")
+        refuse_own_noise(self, denoiser)
         denoiser = denoiser.trajectory(fresh)
         x, t = self.simulate(denoiser, noise, cond, steps - 1, fresh)
         return denoiser(x, t, cond)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
+from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor
 
 from distill.denoiser import Denoiser
@@ -35,10 +38,15 @@ def squared_errors(
         rule: what is distilled; None for classifier-free guidance.
         seed: of noise and times.
         first: number of the first sample.
+
+    Raises:
+        ValueError: batches without data.
     """
     sums, schedule = torch.zeros(len(scales), 2, dtype=torch.float64), teacher.schedule
+    student = student.under(schedule)
     for batch in batches:
-        assert batch.x0 is not None
+        if batch.x0 is None:
+            raise ValueError("the error is of held-out data, and validation delivers none: set data.real, or leave it out.")
         fresh = SeededNoise(seed, range(first, first + len(batch)), batch.x0.shape[1:])
         noise, uniform = fresh(batch.x0), torch.special.ndtr(fresh(batch.x0).flatten(1)[:, 0])
         t = schedule.t_min + uniform * (schedule.t_max - schedule.t_min)
@@ -51,6 +59,14 @@ def squared_errors(
             sums[row] += torch.stack([error.double().square().sum(), target.double().square().sum()]).cpu()
         first += len(batch)
     return sums
+
+
+def prepared(method: Any, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches on the method's device, in model space, with the negative prompts that its student may read."""
+    for batch in batches:
+        ready = method.prepare(move_data_to_device(batch, method.device))
+        negatives = getattr(method, "negatives", None)
+        yield ready if negatives is None else replace(ready, cond=negatives.of_null(ready.cond, ready.null))
 
 
 def reads_scale(denoiser: Denoiser) -> bool:

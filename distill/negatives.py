@@ -46,8 +46,11 @@ class Negatives:
         prompt = {key: value for key, value in cond.items() if key in PROMPT}
         if "prompt_embeds" not in prompt:
             raise ValueError(f"negatives: the conditions {list(cond)} hold no prompt; set it to null.")
+        size = len(prompt["prompt_embeds"])
+        if size == 1 and self.null_probability < 1:
+            raise ValueError("negatives: a batch of one holds no other prompt; give data.batch_size of at least 2.")
         # A shift, not a permutation: no sample is then its own negative.
-        shift = int(torch.randint(1, max(len(next(iter(prompt.values()))), 2), ()))
+        shift = int(torch.randint(1, max(size, 2), ()))
         others = {key: value.roll(shift, 0) for key, value in prompt.items()}
         chosen = drop_conditions(others, {key: null[key].expand_as(others[key]) for key in others}, self.null_probability)
         null = {**null, **chosen}

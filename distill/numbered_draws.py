@@ -53,7 +53,7 @@ class NumberedDraws(ABC):
             if value < least:
                 raise ValueError(f"{key}={value}: give at least {least}.")
         if guidance_range is not None:
-            check_range(list(guidance_range))
+            check_range(guidance_range, guidance)
         self.frozen, self.space = Frozen(teacher), space or ModelSpace()
         self.sampler, self.steps, self.seed = sampler, steps, seed
         self.guidance, self.guidance_range = guidance, guidance_range

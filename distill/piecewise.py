@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from distill.denoiser import Denoiser
+from distill.denoiser import Denoiser, refuse_own_noise
 from distill.samplers import FreshNoise, Sampler
 from distill.schedules import NoiseSchedule, per_sample
 from distill.types import Cond, Sample, Time
@@ -170,6 +170,7 @@ class PiecewiseSampler(Sampler):
     def __call__(
         self, denoiser: Denoiser, noise: Sample, cond: Cond, steps: int, fresh: FreshNoise = torch.randn_like
     ) -> Sample:
+        refuse_own_noise(self, denoiser)
         denoiser = denoiser.trajectory(fresh)
         schedule = denoiser.schedule
         self.flow.check(schedule)

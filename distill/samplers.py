@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from distill.denoiser import Denoiser, FreshNoise
+from distill.denoiser import Denoiser, FreshNoise, refuse_own_noise
 from distill.grids import Grid
 from distill.schedules import per_sample
 from distill.solvers import Solver
@@ -89,6 +89,7 @@ class RenoiseSampler(Sampler):
         self, denoiser: Denoiser, noise: Sample, cond: Cond, steps: int, fresh: FreshNoise = torch.randn_like
     ) -> Sample:
         _check_steps(steps)
+        refuse_own_noise(self, denoiser)
         denoiser = denoiser.trajectory(fresh)
         schedule = denoiser.schedule
         if steps in self.times:

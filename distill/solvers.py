@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from distill.denoiser import Denoiser
+from distill.denoiser import Denoiser, refuse_own_noise
 from distill.schedules import per_sample
 from distill.types import Cond, Sample, Time
 
@@ -30,15 +30,6 @@ class Solver(ABC):
     ) -> tuple[Sample, Any]:
         """A step that may use what the last one returned: ``(x_s, memory)``. Single-step solvers remember nothing."""
         return self.step(denoiser, x, t, s, cond), None
-
-
-def refuse_own_noise(solver: Solver, denoiser: Denoiser) -> None:
-    """Raises ValueError for a denoiser whose noise is not what its ``x0`` leaves, which this solver would not step by."""
-    if denoiser.own_noise:
-        raise ValueError(
-            f"solver={type(solver).__name__}: the denoiser goes on with a noise of its own (CfgPlusPlus), which this solver "
-            "does not step by; use DDIM."
-        )
 
 
 class Euler(Solver):

@@ -18,7 +18,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from distill.denoiser import Denoiser, FreshNoise
+from distill.denoiser import Denoiser, FreshNoise, refuse_own_noise
 from distill.guidance import GuidanceRule
 from distill.noise import SeededNoise
 from distill.numbered_draws import NumberedDraws
@@ -72,17 +72,11 @@ class RecordedDenoiser(Denoiser):
         super().__init__()
         self.base, self.record = base, record
         self.describe_as(base)
-        self.own_noise = base.own_noise
 
     def forward(self, x: Sample, t: Time, cond: Cond, r: Time | None = None) -> Sample:
         x0 = self.base(x, t, cond, r)
         self.record.add(x, t, x0)
         return x0
-
-    def x0_and_eps(self, x: Sample, t: Time, cond: Cond, r: Time | None = None) -> tuple[Sample, Sample]:
-        x0, eps = self.base.x0_and_eps(x, t, cond, r)
-        self.record.add(x, t, x0)
-        return x0, eps
 
     def trajectory(self, fresh: FreshNoise) -> Denoiser:
         return RecordedDenoiser(self.base.trajectory(fresh), self.record)
@@ -142,6 +136,7 @@ class GuidedTrajectories(NumberedDraws):
         points: int | None = None,
         seed: int = 0,
     ):
+        refuse_own_noise(self, guidance)
         super().__init__(teacher, sampler, steps, space, guidance, guidance_range, seed)
         self.evaluations = count_evaluations(sampler, teacher.schedule, steps)
         if points is not None and not 1 <= points <= self.evaluations:

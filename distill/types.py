@@ -71,6 +71,7 @@ class DataSpec:
         conditioner: sha256 of the conditioner that the delivered conditions were made by, or None.
         paired: whether batches carry the noise that ``x0`` belongs to.
         teacher: sha256 of the teacher whose pairs or trajectories these are, or None.
+        guidance_range: of the guidance scales that were drawn for these, ``(low, high)``, or None.
         trajectories: whether batches are points of a guided teacher's trajectories (`Batch.time`) rather than data.
     """
 
@@ -82,6 +83,7 @@ class DataSpec:
     conditioner: str | None = None
     paired: bool = False
     teacher: str | None = None
+    guidance_range: tuple[float, float] | None = None
     trajectories: bool = False
 
 

@@ -64,18 +64,25 @@ def test_no_guidance_is_embedded_as_zero_and_each_sample_has_its_scale():
     torch.testing.assert_close(adapter.call["scale"][:, 0], adapter.scale(torch.tensor([0.0, 3.0])))
 
 
-def test_attention_is_one_head_over_scale_time_and_conditions():
-    """softmax(Q K^T / sqrt(h)) V with K, V of ``[w, t, prompt ...]`` plus positions, masked tokens left out."""
+@pytest.mark.parametrize("heads", [1, 4])
+def test_attention_is_over_scale_time_and_conditions(heads):
+    """Each head's softmax(Q K^T / sqrt(h)) V, K and V of ``[w, t, prompt ...]`` plus positions, masked tokens left out."""
     torch.manual_seed(0)
     told = {name: torch.randn(2, n, 8) for name, n in (("scale", 1), ("time", 1), ("prompt", 3))}
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    part = moved(AttentionAddition(6, 5, 8, Values(told, mask=mask)))
+    part = moved(AttentionAddition(6, 5, 8, Values(told, mask=mask), heads))
     x = torch.randn(2, 4, 6)
     asked = torch.cat([told["scale"], told["time"], told["prompt"]], 1) + sinusoid(torch.arange(5.0), 8)
-    scores = part.query(x) @ part.key(asked).transpose(1, 2) / 8**0.5
-    seen = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]).bool()
-    weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
-    torch.testing.assert_close(part.tokens(x), part.out(weights @ part.value(asked)))
+    seen, answers = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]).bool(), []
+    for own in torch.arange(8).split(8 // heads):
+        query, key, value = (layer(tokens)[..., own] for layer, tokens in zip(layers(part), (x, asked, asked), strict=True))
+        scores = query @ key.transpose(1, 2) / len(own) ** 0.5
+        answers.append(scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1) @ value)
+    torch.testing.assert_close(part.tokens(x), part.out(torch.cat(answers, -1)))
+
+
+def layers(part: AttentionAddition) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    return part.query, part.key, part.value
 
 
 def test_the_additive_kind_is_an_mlp_of_the_sum():

@@ -33,7 +33,7 @@ from distill.ema import DecayAveraging
 from distill.evaluation import Evaluation
 from distill.frozen import trainable_copy
 from distill.grids import ConstantPoints, UniformGrid
-from distill.guidance import ClassifierFreeGuidance
+from distill.guidance import Autoguidance, ClassifierFreeGuidance, GuidanceRule
 from distill.methods.base import Method
 from distill.methods.consistency import Consistency
 from distill.noise import SeededNoise
@@ -44,7 +44,9 @@ from distill.times import UniformTimes
 from distill.types import Cond, DataSpec, label_conditions
 
 
-def distillation(teacher: Denoiser | None = None, **settings: Any) -> Consistency:
+def distillation(
+    teacher: Denoiser | None = None, guidance: GuidanceRule | None = None, **settings: Any
+) -> Consistency:
     """Consistency distillation with every part that has a state: a teacher with weights, dropout, a target average."""
     return Consistency(
         GridPairs(UniformGrid(), ConstantPoints(8)),
@@ -55,7 +57,7 @@ def distillation(teacher: Denoiser | None = None, **settings: Any) -> Consistenc
         teacher=teacher or small(seed=7, num_classes=2),
         solver=DDIM(),
         target=DecayAveraging(0.5),
-        guidance=ClassifierFreeGuidance(1.5),
+        guidance=guidance or ClassifierFreeGuidance(1.5),
     )
 
 
@@ -272,11 +274,35 @@ def test_checkpoint_of_another_teacher_is_refused(tmp_path):
         "batches_seen": 2,
         "teacher": {"path": "somewhere", "sha256": "aa"},
         "space": {"codec": None, "conditioner": None},
+        "guidance": {},
     }
     for other in (identified("bb"), small(num_classes=2)):
         with pytest.raises(ValueError, match=r"trained with the teacher .*'aa'.*model.teacher"):
             fit(distillation(other), loose(), 4, ckpt_path=path)
     assert fit(distillation(identified("aa")), loose(), 4, ckpt_path=path).global_step == 4
+
+
+def test_checkpoint_of_another_guide_is_refused(tmp_path):
+    """A rule's further network is kept by path and hash as the teacher is; without a rule that has one nothing is."""
+    path, old = tmp_path / "cut.ckpt", tmp_path / "old.ckpt"
+
+    def guided_by(digest: str) -> Consistency:
+        return distillation(identified("aa"), Autoguidance(identified(digest), 2.0))
+
+    fit(guided_by("cc"), loose(), 2, SaveAfter(2, path))
+    assert torch.load(path, weights_only=True)["distill"]["guidance"] == {"guide": {"path": "somewhere", "sha256": "cc"}}
+    for other in (guided_by("dd"), distillation(identified("aa"))):
+        with pytest.raises(ValueError, match=r"trained with the guidance.guide .*'cc'.*but model.guidance.guide is"):
+            fit(other, loose(), 4, ckpt_path=path)
+    assert fit(guided_by("cc"), loose(), 4, ckpt_path=path).global_step == 4
+    # As they were written before rules had networks.
+    fit(distillation(identified("aa")), loose(), 2, SaveAfter(2, old))
+    kept = torch.load(old, weights_only=True)
+    del kept["distill"]["guidance"]
+    torch.save(kept, old)
+    assert fit(distillation(identified("aa")), loose(), 4, ckpt_path=old).global_step == 4
+    with pytest.raises(ValueError, match=r"trained with the guidance.guide None, but model.guidance.guide is .*'cc'"):
+        fit(guided_by("cc"), loose(), 4, ckpt_path=old)
 
 
 @pytest.mark.parametrize("part", ["ema", "target", "skipped", "student"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ from helpers import SHAPE, Watch, batch_of, evaluation, fit, same, small, two_cl
 from oracle import SCHEDULES, Mixture
 from torch import nn
 
-from distill.adapters import NegativePrompt
+from distill.adapters import AttentionGuidance, NegativePrompt
 from distill.denoiser import Denoiser
-from distill.guidance import AdaptiveProjectedGuidance, ClassifierFreeGuidance
+from distill.guidance import AdaptiveProjectedGuidance, CfgPlusPlus, ClassifierFreeGuidance
 from distill.guidance_error import squared_errors
 from distill.methods.guidance_distillation import GuidanceDistillation
 from distill.negatives import Negatives
+from distill.noise import SeededNoise
 from distill.optimization import LearningRate, Optimization
 from distill.schedules import RectifiedFlow
 from distill.times import UniformTimes
@@ -47,16 +49,11 @@ class Sharpened(Denoiser):
         return (null + scale * (self.exact(x, t, cond) - null)).to(x.dtype)
 
 
-def distil(teacher: Denoiser, student: Denoiser | None = None, **settings: Any) -> GuidanceDistillation:
+def distil(teacher: Denoiser, student: Denoiser, **settings: Any) -> GuidanceDistillation:
     """The method; an oracle takes the place of the student that it made."""
-    optimization = settings.pop("optimization", Optimization())
-    if student is not None and "guidance_range" in settings:
-        teacher.scalar_inputs = ("guidance",)  # so that none is added
-    method = GuidanceDistillation(teacher, optimization, evaluation(), **settings)
-    teacher.scalar_inputs = ()
-    method.teacher.scalar_inputs = ()
-    if student is not None:
-        method.student = student
+    with patch("distill.methods.guidance_distillation.read_guidance"):  # a network is given an input; there is none
+        method = GuidanceDistillation(teacher, Optimization(), evaluation(), **settings)
+    method.student = student
     return method
 
 
@@ -147,13 +144,21 @@ def test_stored_points_are_learned_without_the_teacher():
 
 def test_only_this_method_takes_stored_points():
     method = distil(two_classes(), Sharpened(two_classes()), guidance_range=RANGE)
-    method.check_data(DataSpec(SHAPE, 2, trajectories=True))
-    prompted = GuidanceDistillation(
-        base("sd15"), Optimization(), evaluation(), guidance=ClassifierFreeGuidance(3.0), adapter=NegativePrompt()
-    )
-    widths = {"prompt_embeds": FAMILIES["sd15"].config["cross_attention_dim"]}
-    with pytest.raises(ValueError, match="negatives: stored trajectories"):
-        prompted.check_data(DataSpec((4, 8, 8), widths=widths, trajectories=True))
+    method.check_data(DataSpec(SHAPE, 2, trajectories=True, guidance_range=RANGE))
+    for other in ((1.0, 3.0), None):
+        with pytest.raises(ValueError, match=r"guidance_range=\(1.0, 5.0\): the trajectories' scales"):
+            method.check_data(DataSpec(SHAPE, 2, trajectories=True, guidance_range=other))
+    widths, rule = {"prompt_embeds": FAMILIES["sd15"].config["cross_attention_dim"]}, ClassifierFreeGuidance(3.0)
+    points = DataSpec((4, 8, 8), widths=widths, trajectories=True)
+    for negatives in (None, Negatives(0.5)):
+        prompted = GuidanceDistillation(
+            base("sd15"), Optimization(), evaluation(), guidance=rule, adapter=NegativePrompt(), negatives=negatives
+        )
+        if negatives is None:
+            prompted.check_data(points)
+        else:
+            with pytest.raises(ValueError, match="negatives: stored trajectories"):
+                prompted.check_data(points)
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -248,6 +253,8 @@ def test_no_sample_is_its_own_negative_and_the_null_prompt_has_its_share():
     assert abs(float(share) - 0.3) < 0.03
     with pytest.raises(ValueError, match="hold no prompt"):
         Negatives().draw({"labels": torch.zeros(2)}, {})
+    with pytest.raises(ValueError, match="a batch of one"):
+        Negatives().draw({"prompt_embeds": torch.zeros(1, 1, 1)}, null)
 
 
 # -------------------------------------------------------------------------------------------------------------- refusals
@@ -260,11 +267,40 @@ def test_no_sample_is_its_own_negative_and_the_null_prompt_has_its_share():
         ({"guidance_range": (3.0, 2.0)}, "guidance_range"),
         ({"guidance_range": RANGE, "negatives": Negatives()}, "reads no negative prompt"),
         ({"guidance_range": RANGE, "adapter": NegativePrompt()}, "adapter: only networks of diffusers"),
+        ({"guidance_range": RANGE, "guidance": CfgPlusPlus(0.6)}, "GuidanceDistillation: CfgPlusPlus goes on with a noise"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         GuidanceDistillation(small(num_classes=2), Optimization(), evaluation(), **settings)
+
+
+def test_students_and_teachers_that_read_a_scale_are_told_apart():
+    """A teacher that reads one has nothing to teach; an adapter that reads one must be given a range."""
+    teacher = small(num_classes=2)
+    teacher.network.add_scalar_input("guidance")
+    with pytest.raises(ValueError, match="teacher reads a guidance scale by itself"):
+        GuidanceDistillation(teacher, Optimization(), evaluation(), guidance_range=RANGE)
+    rule, adapter = ClassifierFreeGuidance(3.0), AttentionGuidance(width=8)
+    with pytest.raises(ValueError, match="guidance_range=null: the adapter reads"):
+        GuidanceDistillation(base("dit"), Optimization(), evaluation(), guidance=rule, adapter=adapter)
+    fixed = GuidanceDistillation(small(num_classes=2), Optimization(), evaluation(), guidance=rule)
+    with pytest.raises(ValueError, match="guidance=2.0: the student is guided at one scale"):
+        fixed.guided_generator(fixed.student, {}, {}, 2.0)
+
+
+def test_the_teacher_is_compared_under_the_rule_that_is_distilled():
+    """At the middle of the range, and not by classifier-free guidance."""
+    teacher = two_classes()
+    rule = AdaptiveProjectedGuidance(2.0, 0.0)
+    method = distil(teacher, Sharpened(teacher), guidance=rule, guidance_range=RANGE)
+    cond, null = {"labels": torch.tensor([0, 1])}, {"labels": torch.full((2,), 2)}
+    drawn = method.draw(4, range(2), cond, null, source="teacher")
+    noise = SeededNoise(0, range(2), SHAPE)
+    for other, equal in ((rule.at(3.0), True), (ClassifierFreeGuidance(3.0), False)):
+        unit = SeededNoise(0, range(2), SHAPE).draw()
+        expected = method.evaluation.sample_teacher(other(teacher, null), unit, cond, 4, noise)
+        assert torch.allclose(drawn, expected) == equal
 
 
 # ---------------------------------------------------------------------------------------------------- the relative error

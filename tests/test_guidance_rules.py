@@ -18,7 +18,7 @@ from distill.guidance.weights import (
     LinearGuidanceWeight,
     PoweredCosineGuidanceWeight,
 )
-from distill.samplers import JumpSampler, OdeSampler
+from distill.samplers import JumpSampler, OdeSampler, RenoiseSampler
 from distill.schedules import RectifiedFlow, TrigFlow, VarianceExploding, VariancePreserving
 from distill.solvers import DDIM, DPMSolver2M, Euler, Heun
 from distill.types import label_conditions
@@ -280,8 +280,10 @@ def test_solvers_that_would_not_step_by_its_noise_refuse_cfg_plus_plus(solver, v
     denoiser, x, t, cond, null = setting()
     guided = CfgPlusPlus(0.6)(denoiser, null)
     guided = guided.under(VP) if view else guided
-    with pytest.raises(ValueError, match=f"solver={type(solver).__name__}: .*use DDIM"):
+    with pytest.raises(ValueError, match=f"{type(solver).__name__}: .*use DDIM"):
         OdeSampler(solver, UniformGrid())(guided, x, cond, 2)
+    with pytest.raises(ValueError, match="RenoiseSampler: .*use DDIM"):
+        RenoiseSampler(UniformGrid())(guided, x, cond, 2)
     assert denoiser.rows == []
     OdeSampler(solver, UniformGrid())(ClassifierFreeGuidance(2.0)(denoiser, null), x, cond, 2)
 

@@ -1,4 +1,4 @@
-"""tools/sample.py: what it writes, and that a sample depends on the seed and its own number alone."""
+"""tools/sample.py: what it writes and counts, and that a sample depends on the seed and its own number alone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from guided_run import train, write_teacher
+from script import load_script
 from standins import write_sd15
 
+from distill.adapter_files import save_adapters
+from distill.cli import load_run
 from distill.denoiser import NetworkDenoiser
 from distill.networks.unet2d import UNet2D
 from distill.pretrained import save_denoiser
@@ -58,6 +62,71 @@ def test_samples_do_not_depend_on_the_batch(teacher: Path, tmp_path: Path) -> No
     record = json.loads((tmp_path / "whole" / "samples.json").read_text())
     assert (record["seed"], record["steps"], record["guidance"], record["solver"]) == (0, 2, 2.0, "heun")
     assert (tmp_path / "whole" / "grid.png").stat().st_size > 100
+
+
+# ------------------------------------------------------------------------------------------- guided in one evaluation
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher, a run of adapters on it and the file of these."""
+    folder = tmp_path_factory.mktemp("adapted")
+    adapter = {"class_path": "AttentionGuidance", "init_args": {"width": 8}}
+    train(folder / "run", write_teacher(folder / "teacher"), guidance_range=[1.0, 5.0], adapter=adapter)
+    save_adapters(load_run(folder / "run")[1].ema.module, folder / "added.safetensors")
+    return folder
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: object) -> tuple[numpy.ndarray, dict]:
+    """Samples and record of a set of five in batches of two, drawn in this process."""
+    words = [*map(str, arguments), "--num", "5", "--batch-size", "2", "--device", "cpu", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["sample.py", *words])
+    load_script("sample").main()
+    return numpy.load(out / "samples.npz")["arr_0"].astype(int), json.loads((out / "samples.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "evaluations"),
+    [
+        (["--steps", 2, "--solver", "euler", "--guidance", 3.0], 4),
+        (["--steps", 2, "--solver", "euler", "--guidance", 1.0], 2),
+        (["--steps", 3, "--solver", "heun"], 5),
+        (["--steps", 3, "--solver", "heun", "--guidance", 3.0], 10),
+        (["--steps", 2, "--solver", "euler", "--guidance", 3.0, "--adapters", "added.safetensors"], 2),
+    ],
+)
+def test_evaluations_are_counted(
+    arguments: list, evaluations: int, adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a sample: two a step for a guided teacher, one for one with adapters; Heun has a second slope but in the last step."""
+    monkeypatch.chdir(adapted)
+    _, record = drawn(monkeypatch, tmp_path, "--teacher", "teacher", *arguments)
+    assert record["evaluations"] == evaluations
+    assert record.get("adapters") == ("added.safetensors" if "--adapters" in arguments else None)
+
+
+def test_a_teacher_with_adapters_draws_what_the_runs_student_draws(
+    adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(adapted)
+    common, teacher = ["--steps", 2, "--guidance", 4.0, "--labels", 3, 8], ["--teacher", "teacher", "--solver", "euler"]
+    run, of_run = drawn(monkeypatch, tmp_path / "run", "--run", "run", *common)
+    file, of_file = drawn(monkeypatch, tmp_path / "file", *teacher, "--adapters", "added.safetensors", *common)
+    other, _ = drawn(monkeypatch, tmp_path / "other", *teacher, *common)
+    assert (run == file).all() and abs(run - other).max() > 10
+    assert of_run["evaluations"] == of_file["evaluations"] == 2
+
+
+def test_adapters_without_a_teacher_or_a_scale_are_named(adapted: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(adapted)
+    with pytest.raises(SystemExit) as stopped:
+        drawn(monkeypatch, tmp_path, "--run", "run", "--adapters", "added.safetensors")
+    assert stopped.value.code == 2 and "--adapters is for --teacher" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="^error: --guidance is missing"):
+        drawn(monkeypatch, tmp_path, "--teacher", "teacher", "--adapters", "added.safetensors")
+    with pytest.raises(SystemExit, match="^error: nowhere.safetensors: there is no such file"):
+        drawn(monkeypatch, tmp_path, "--teacher", "teacher", "--adapters", "nowhere.safetensors", "--guidance", 2.0)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

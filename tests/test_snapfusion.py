@@ -186,7 +186,7 @@ def test_four_steps_move_the_student_alone_and_hand_over():
         (dict(denoising_share=-0.1), "denoising_share=-0.1"),
         (dict(null_probability=1.0), "null_probability=1.0"),
         (dict(start=3), "start_steps=3"),
-        (dict(guidance=CfgPlusPlus(0.6)), "guidance=CfgPlusPlus.*take Progressive"),
+        (dict(guidance=CfgPlusPlus(0.6)), "SnapFusion: CfgPlusPlus goes on with a noise"),
     ],
 )
 def test_bad_settings_are_named(settings, words):

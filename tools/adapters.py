@@ -4,7 +4,7 @@
     python tools/adapters.py --run runs/digits/agd --out adapters/agd.safetensors --teachers runs/sibling/export
 
 Adapters, LoRA layers and extra scalar inputs are in the file, the base is not. For each of the teachers, checkpoints of the
-same architecture, it prints the relative error to that checkpoint's own guided prediction on the run's validation data, without
+same architecture, it prints the relative error to that checkpoint's own guided prediction on the run's held-out data, without
 the file and with it, by guidance scale.
 """
 
@@ -17,6 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line; exits with 2 on a wrong one."""
@@ -26,7 +28,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", default="last", help="of the run: last, best, or a file")
     parser.add_argument("--weights", default="ema", choices=["ema", "student"], help="averaged or present")
     parser.add_argument("--teachers", nargs="*", default=[], help="diffusers folders of checkpoints to try it on")
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.5, 2.0, 3.0, 5.0], help="guidance scales, 1 is none")
+    parser.add_argument("--scales", type=float, nargs="+", help="guidance scales, 1 is none (default 1.5 2 3 5, or the rule's)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     return parser.parse_args(argv)
 
 
@@ -54,17 +57,18 @@ def write(student: Any, file: Path) -> str:
     return f"{file}: {added} numbers, {added / base:.2%} of the base"
 
 
-def measure(method: Any, data: Any, file: Path, folder: str, scales: list[float]) -> dict[str, dict[str, float]]:
+def measure(method: Any, data: Any, file: Path, folder: str, wanted: list[float] | None) -> dict[str, dict[str, float]]:
     """Relative errors on one checkpoint, by scale: ``without`` the file and ``with`` it."""
     from distill.adapter_files import load_adapters
-    from distill.guidance_error import squared_errors
+    from distill.guidance_error import prepared, reads_scale, squared_errors
     from distill.pretrained import PretrainedDenoiser
 
-    teacher, student = (PretrainedDenoiser(folder).eval() for _ in range(2))
+    scales = wanted or ([1.5, 2.0, 3.0, 5.0] if reads_scale(method.student) else [method.guidance.scale])
+    teacher, student = (PretrainedDenoiser(folder).to(method.device).eval() for _ in range(2))
     load_adapters(student, file)
     figures: dict[str, dict[str, float]] = {f"{scale:g}": {} for scale in scales}
     for name, each in {"without": teacher, "with": student.eval()}.items():
-        batches = (method.prepare(batch) for batch in data.val_dataloader())
+        batches = prepared(method, data.held_out_dataloader())
         sums = squared_errors(each, teacher, batches, scales, method.guidance, method.evaluation.seed)
         for scale, (error, whole) in zip(scales, sums.tolist(), strict=True):
             figures[f"{scale:g}"][name] = (error / whole) ** 0.5
@@ -79,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _, method, data = load_run(arguments.run, arguments.checkpoint)
         check_stands_on_teacher(method, arguments.run)
+        method.to(arguments.device)
         file, trained = Path(arguments.out), method.ema.module if arguments.weights == "ema" else method.student
         said = write(trained, file)
         errors = {folder: measure(method, data, file, folder, arguments.scales) for folder in arguments.teachers}

@@ -68,7 +68,8 @@ def load(kind: str, folder: str, options: argparse.Namespace) -> tuple[Any, argp
     from distill.samplers import OdeSampler
     from distill.schedules import RectifiedFlow
 
-    settings = {**vars(options), "labels": None, "run": None, "teacher": None, kind: folder}
+    unused = dict.fromkeys(("labels", "negative_prompt", "adapters", "run", "teacher"))
+    settings = {**vars(options), **unused, kind: folder}
     arguments = argparse.Namespace(**settings)
     if kind == "run":
         return RunSource(arguments), arguments

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distill.denoiser import Denoiser
 from distill.space import ModelSpace
-from distill.types import Batch, label_conditions
+from distill.types import Batch, Cond, label_conditions
 
 SOLVERS = {"euler": "Euler", "ddim": "DDIM", "heun": "Heun", "dpm": "DPMSolver2M"}
 
@@ -39,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of the set")
     parser.add_argument("--labels", type=int, nargs="+", help="labels to run through instead of all classes")
     parser.add_argument("--prompts", nargs="+", help="prompts to run through")
+    parser.add_argument("--negative-prompt", help="what to be guided away from instead of the empty prompt")
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 is none")
     parser.add_argument("--solver", choices=sorted(SOLVERS), help="of a teacher (default heun)")
     parser.add_argument("--adapters", help="file of tools/adapters.py that is attached to the teacher")
@@ -93,10 +94,13 @@ class TeacherSource:
 
     def draw(self, arguments: argparse.Namespace, indices: range, ready: Batch) -> Tensor:
         from distill.guidance import guided
+        from distill.negatives import Negatives, reads_negatives
         from distill.noise import SeededNoise
 
         noise = SeededNoise(arguments.seed, indices, self.shape)
         unit, denoiser, cond = noise.draw(torch.device(arguments.device)), self.denoiser, ready.cond
+        if reads_negatives(denoiser):
+            cond = Negatives().of_null(cond, ready.null)
         if arguments.guidance is not None:
             denoiser, cond = guided(denoiser, cond, ready.null, arguments.guidance)
         return self.sampler(denoiser, unit, cond, arguments.steps, noise)
@@ -173,10 +177,19 @@ def draw_all(source: Any, arguments: argparse.Namespace, wanted: Batch) -> Tenso
     for first in tqdm(range(0, arguments.num, arguments.batch_size), desc="sampling", unit="batch"):
         indices = range(first, min(first + arguments.batch_size, arguments.num))
         ready = space.encode(rows(wanted, indices, arguments.device))
+        if arguments.negative_prompt is not None:
+            ready.null = ready.null | negative(space, arguments.negative_prompt, len(indices))
         batches.append(space.decode(source.draw(arguments, indices, ready)).cpu())
     counting.remove()
     source.evaluations = evaluated / arguments.num
     return torch.cat(batches)
+
+
+def negative(space: ModelSpace, prompt: str, count: int) -> Cond:
+    """The conditions of a prompt, ``count`` rows. Raises ValueError if the network reads none."""
+    if space.conditioner is None:
+        raise ValueError("--negative-prompt: this network reads no prompts; leave the option out.")
+    return space.encode(Batch(None, {}, {}, prompts=[prompt] * count)).cond
 
 
 def main() -> None:
@@ -203,7 +216,7 @@ def write(out: Path, samples: Tensor, labels: Tensor | None, source: Any, argume
     out.mkdir(parents=True, exist_ok=True)
     arrays = [to_uint8(samples).permute(0, 2, 3, 1).numpy()] + ([] if labels is None else [labels.numpy()])
     numpy.savez_compressed(out / "samples.npz", *arrays)
-    keys = ("seed", "steps", "guidance", "num", "prompts", "device")
+    keys = ("seed", "steps", "guidance", "num", "prompts", "negative_prompt", "device")
     record = source.record | {key: getattr(arguments, key) for key in keys}
     record["evaluations"] = source.evaluations
     record["versions"] = {"distill": version("distill"), "torch": torch.__version__}

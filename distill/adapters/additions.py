@@ -66,8 +66,9 @@ class Addition(nn.Module):
 class AttentionAddition(Addition):
     """Tokens ask ``[w, t, class or prompt ...]``."""
 
-    def __init__(self, inputs: int, outputs: int, width: int, call: Values):
+    def __init__(self, inputs: int, outputs: int, width: int, call: Values, heads: int = 1):
         super().__init__(call)
+        self.heads = heads
         self.query, self.key, self.value = (nn.Linear(size, width, bias=False) for size in (inputs, width, width))
         for layer in (self.query, self.key, self.value):
             nn.init.xavier_uniform_(layer.weight)
@@ -81,9 +82,10 @@ class AttentionAddition(Addition):
         mask = None
         if "mask" in call:
             # All but the prompt's tokens can always be seen.
-            mask = F.pad(call["mask"], (count - call["mask"].shape[1], 0), value=True)[:, None]
-        query = self.query(x.to(self.query.weight.dtype))
-        return self.out(F.scaled_dot_product_attention(query, self.key(asked), self.value(asked), mask))
+            mask = F.pad(call["mask"], (count - call["mask"].shape[1], 0), value=True)[:, None, None]
+        values = self.query(x.to(self.query.weight.dtype)), self.key(asked), self.value(asked)
+        query, key, value = (each.unflatten(2, (self.heads, -1)).transpose(1, 2) for each in values)
+        return self.out(F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2))
 
 
 class BiasAddition(Addition):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from torch import nn
@@ -20,8 +21,8 @@ class AttentionGuidance(Adapter):
     """AGD's adapters, one beside each attention.
 
     Kind ``attention``: tokens of the image ask the few tokens that say how to guide, ``[w, t, class or prompt ...]`` with a
-    sinusoidal position, by one head of ``width`` channels. Kind ``additive``: the sum of these (a prompt's mean) through an MLP
-    is a bias per channel, the same for all tokens, at about half the weights.
+    sinusoidal position, by heads of ``width`` channels together. Kind ``additive``: the sum of these (a prompt's mean) through
+    an MLP is a bias per channel, the same for all tokens, at about half the weights.
 
     The published code has widths 256 for DiT and 320 for Stable Diffusion, and embeddings of w, t, class and prompt of its own
     in every block. Here all blocks share them. Additions come to 2 percent of the base or less with ``additive`` 256 or
@@ -30,6 +31,8 @@ class AttentionGuidance(Adapter):
     Attributes:
         kind: ``attention`` or ``additive``.
         width: of keys, values and embeddings; an even number.
+        heads: of kind ``attention``; 1 in the paper. With the three tokens of a class-conditional network one head moves the
+            image's tokens along two directions only: a small width is better spent on several.
         targets: ends of the paths of the modules that are added to: attentions, or a U-Net's residual blocks and convolutions
             that keep the size of their maps. None for the self-attentions of transformers and of ``UNet2DModel``, the cross-
             attentions of ``UNet2DConditionModel``. Where image and prompt are one sequence (Flux' single blocks) all of it is
@@ -43,12 +46,15 @@ class AttentionGuidance(Adapter):
 
     kind: Literal["attention", "additive"] = "attention"
     width: int = 256
+    heads: int = 1
     targets: list[str] | None = None
     frequency: float = 1.0
 
     def __post_init__(self) -> None:
         if self.width < 4 or self.width % 2:
             raise ValueError(f"width={self.width}: give an even number of at least 4.")
+        if self.heads < 1 or self.width % self.heads:
+            raise ValueError(f"heads={self.heads}: give a number of heads that divides width={self.width}.")
         if self.frequency <= 0:
             raise ValueError(f"frequency={self.frequency}: give a positive number.")
 
@@ -76,10 +82,10 @@ class AttachedGuidance(AttachedAdapter):
             self.after(classes[0], self._keep_label)
         if "prompt_embeds" in network.widths:
             self.prompt = nn.Linear(network.widths["prompt_embeds"], width)
-        kind = {"attention": AttentionAddition, "additive": BiasAddition}[settings.kind]
+        part = partial(AttentionAddition, heads=settings.heads) if settings.kind == "attention" else BiasAddition
         self.blocks = nn.ModuleDict()
         for path, size in sizes.items():
-            block = kind(*size, width, self.call)
+            block = part(*size, width, self.call)
             # The name of a module cannot hold dots.
             self.blocks[path.replace(".", "-")] = block
             self.after(found[path], block.add)

@@ -8,7 +8,7 @@ percent of the base's parameters, embeds the guidance number by Fourier features
 output of classifier-free guidance at scales from 2 to 9; its layers are not published, and those here are our own: a pyramid of
 residual blocks, one level for each of the decoder's resolutions, whose coarser maps are added to the finer ones.
 
-The guide shares nothing with the base, not even embeddings of time, class and prompt: it runs before the base does, in float32,
+The guide shares nothing with the base, not even embeddings of time, class and prompt: it runs before the base does,
 outside of gradient checkpointing, and carries over to other checkpoints of the architecture.
 """
 

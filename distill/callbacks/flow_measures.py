@@ -83,5 +83,5 @@ def _flow(method: Any, ready: Batch, player: str) -> tuple[Denoiser, Cond]:
     if not player:
         return method.guided_generator(method.generator(method.ema.module), cond, null, None)
     if method.teacher_scale is not None:
-        return guided(method.teacher, cond, null, method.teacher_scale)
+        return guided(method.teacher, cond, null, method.teacher_scale, method.guidance)
     return method.guided_teacher(null), cond

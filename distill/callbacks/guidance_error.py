@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.utilities import move_data_to_device
 
-from distill.guidance_error import reads_scale, squared_errors
+from distill.guidance_error import prepared, reads_scale, squared_errors
 
 
 class GuidanceError(Callback):
@@ -29,25 +28,23 @@ class GuidanceError(Callback):
         self.scales = scales
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses a method that it cannot measure, and scales that its rule cannot have. Raises ValueError."""
+        """Refuses a method that it cannot measure. Raises ValueError."""
         method: Any = pl_module
         if not getattr(method, "has_teacher", False):
             raise ValueError(f"GuidanceError: {type(method).__name__} has no teacher to compare with; leave the callback out.")
-        if not reads_scale(method.student) and len(self.scales) > 1:
-            raise ValueError(f"scales={list(self.scales)}: the student reads no guidance scale; give the one of its rule.")
-        for scale in self.scales if method.guidance is not None else ():
-            method.guidance.at(scale)
+        own = getattr(method.guidance, "scale", None)
+        if not reads_scale(method.student) and list(self.scales) != [own]:
+            raise ValueError(f"scales={list(self.scales)}: the student reads no scale; give that of its rule, [{own}].")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures and logs."""
         if trainer.sanity_checking:
             return
         method: Any = pl_module
-        loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-        batches = (method.prepare(move_data_to_device(batch, method.device)) for batch in loader)
-        student, seed = method.generator(method.ema.module), method.evaluation.seed
-        # Each rank has data, and numbers of samples, of its own.
-        sums = squared_errors(student, method.teacher, batches, self.scales, method.guidance, seed, trainer.global_rank << 32)
+        loader = trainer.datamodule.held_out_dataloader()  # type: ignore[attr-defined]
+        players, data = (method.generator(method.ema.module), method.teacher), prepared(method, loader)
+        first = trainer.global_rank << 32  # each rank has data, and numbers of samples, of its own
+        sums = squared_errors(*players, data, self.scales, method.guidance, method.evaluation.seed, first)
         error, whole = trainer.strategy.reduce(sums.float().to(method.device), reduce_op="sum").unbind(1)
         for scale, value in zip(self.scales, (error / whole).sqrt(), strict=True):
             pl_module.log(f"val/guidance_error/{scale:g}", value, sync_dist=True, batch_size=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -56,7 +57,9 @@ class Autoguidance(TwoEvaluationRule, nn.Module):
 
     def at(self, scale: float | Tensor) -> Autoguidance:
         """The same rule, by the same guide, at another scale."""
-        return Autoguidance(self.guide, scale, self.conditional, self.sigma_low, self.sigma_high)
+        same = copy.copy(self)  # the guide is not a copy
+        same.scale = scale
+        return same
 
     def check(self, denoiser: Denoiser, null: Cond) -> None:
         guide = self.guide

@@ -15,6 +15,9 @@ from distill.types import Cond
 class GuidanceRule(ABC):
     """``rule(denoiser, null)`` is a denoiser that is guided away from ``null``, or from whatever else the rule says."""
 
+    own_noise = False
+    """Whether what it guides goes on with another noise than its x0 leaves: a solver must step by both."""
+
     @abstractmethod
     def __call__(self, denoiser: Denoiser, null: Cond) -> Denoiser:
         """The guided denoiser; ``null`` has the keys and shapes of its conditions will have, or one row for all."""

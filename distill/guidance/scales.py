@@ -13,10 +13,13 @@ from distill.guidance.rule import GuidanceRule
 from distill.types import Cond, PerSample
 
 
-def check_range(scales: Sequence[float], key: str = "guidance_range") -> None:
-    """Raises ValueError, naming ``key``, unless ``scales`` are two numbers with ``0 <= low < high``."""
+def check_range(scales: Sequence[float], rule: GuidanceRule | None = None, key: str = "guidance_range") -> None:
+    """Raises ValueError, naming ``key``, unless ``scales`` are two numbers with ``0 <= low < high`` that ``rule`` can have."""
     if len(scales) != 2 or not 0 <= scales[0] < scales[1]:
         raise ValueError(f"{key}={scales}: give 0 <= low < high, in the convention where 1 is no guidance.")
+    if rule is not None:
+        for scale in scales:
+            rule.at(scale)
 
 
 def draw_scales(scales: Sequence[float], count: int, device: torch.device | None = None) -> PerSample:

@@ -64,8 +64,8 @@ class Method(SampledModule, TrainedModule, ABC):
         half = self.has_teacher and getattr(self.teacher, "frozen_dtype", None) == torch.float16
         if half and self.shared_names():
             raise ValueError(
-                "model.teacher.dtype=float16 with LoRA layers on its weights: gradients would pass float16 unscaled; set it to "
-                "null (and trainer.precision=bf16-mixed to compute in bfloat16), or to bfloat16."
+                "model.teacher.dtype=float16 with LoRA layers or adapters on its weights: gradients would pass it unscaled; "
+                "set it to null (and trainer.precision=bf16-mixed to compute in bfloat16), or to bfloat16."
             )
 
     def drawn(self, rule: GuidanceRule | None) -> GuidanceRule | None:
@@ -113,7 +113,7 @@ class Method(SampledModule, TrainedModule, ABC):
         own |= {f"space.{part}": value for part, value in self.space.identity.items()}
         theirs |= {f"guidance.{part}": value for part, value in saved.get("guidance", {}).items()}
         own |= {f"guidance.{part}": value for part, value in self.guides.items()}
-        for part in own.keys() | theirs.keys():
+        for part in sorted({*theirs, *(part for part in own if part.startswith("guidance."))}):
             identity = theirs.get(part)
             if (identity or {}).get("sha256") != (own.get(part) or {}).get("sha256"):
                 raise ValueError(

@@ -164,11 +164,6 @@ class Consistency(Method):
             guidance = self.teacher_scale
         return super().guided_generator(generator, cond, null, guidance)
 
-    @property
-    def teacher_scale(self) -> float | None:
-        """The middle of the range of drawn scales."""
-        return None if self.guidance_range is None else sum(self.guidance_range) / 2
-
     def after_student_step(self, step: int, images: int, skipped: torch.Tensor) -> None:
         super().after_student_step(step, images, skipped)
         if self.target is not None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 
 from distill.adapters import Adapter
-from distill.denoiser import Denoiser
+from distill.denoiser import Denoiser, refuse_own_noise
 from distill.evaluation import Evaluation
 from distill.guidance import GuidanceRule, check_range, draw_scales, guided
 from distill.lora import LoRA, read_guidance, start_student
@@ -40,7 +40,7 @@ class GuidanceDistillation(Method):
         guidance: the rule that is distilled; None is classifier-free guidance, at a drawn scale.
         guidance_range: ``(low, high)`` of the scale (1 is none) drawn for each sample; None for the rule's own. Meng et al.
             have w in [0, 4] for pixels, in [2, 14] for Stable Diffusion, AGD in [1, 6] for DiT, in [1, 12] for Stable
-            Diffusion. With stored trajectories the range is theirs, and only its middle is used, to sample.
+            Diffusion. With stored trajectories the range must be theirs.
         times: law of t; None is uniform. Not used with stored trajectories.
         weight: w(t); None is 1.
         lora: LoRA layers on the teacher's weights.
@@ -49,7 +49,8 @@ class GuidanceDistillation(Method):
         optimization, evaluation, space: see `Method`.
 
     Raises:
-        ValueError: neither a rule nor a range; a network that cannot take the scale; negatives and a student that reads none.
+        ValueError: neither a rule nor a range, or a rule that is followed by two predictions; a teacher that reads a scale, a
+            network that cannot; an adapter that reads a scale without a range; negatives and a student that reads none.
     """
 
     reads_trajectories = True
@@ -70,10 +71,15 @@ class GuidanceDistillation(Method):
     ):
         if guidance is None and guidance_range is None:
             raise ValueError("guidance and guidance_range are both null: there is nothing to distil; set one of them.")
+        if "guidance" in teacher.scalar_inputs:
+            raise ValueError("teacher reads a guidance scale by itself: there is nothing to distil; take Progressive.")
+        refuse_own_noise(self, guidance)
         student = start_student(teacher, lora, adapter)
         if guidance_range is not None:
-            check_range(guidance_range)
+            check_range(guidance_range, guidance)
             read_guidance(student, f"guidance_range={guidance_range}")
+        elif "guidance" in student.scalar_inputs:
+            raise ValueError("guidance_range=null: the adapter reads a guidance scale; give the range, or another adapter.")
         super().__init__(student, teacher, guidance, optimization, evaluation, space)
         reads = reads_negatives(student)
         if negatives is not None and not reads:
@@ -89,9 +95,7 @@ class GuidanceDistillation(Method):
     def stored(self, batch: Batch) -> tuple[Sample, Time, Cond, Sample]:
         """A point of a guided trajectory, its time, its conditions with the scale, and the teacher's x0 there."""
         assert batch.x0 is not None and batch.noise is not None and batch.time is not None
-        cond = batch.cond
-        if self.guidance_range is None:
-            cond = {key: value for key, value in cond.items() if key != "guidance"}
+        cond = batch.cond if self.negatives is None else self.negatives.of_null(batch.cond, batch.null)
         return self.student.schedule.add_noise(batch.x0, batch.noise, batch.time), batch.time, cond, batch.x0
 
     def fresh(self, batch: Batch) -> tuple[Sample, Time, Cond, Sample]:
@@ -116,8 +120,12 @@ class GuidanceDistillation(Method):
 
     def check_data(self, spec: DataSpec) -> None:
         super().check_data(spec)
-        if spec.trajectories and self.negatives is not None:
-            raise ValueError("negatives: stored trajectories were guided away from the null conditions; set it to null.")
+        if not spec.trajectories:
+            return
+        if self.negatives is not None and self.negatives.null_probability < 1:
+            raise ValueError("negatives: stored trajectories were guided away from the null prompt; set it to null.")
+        if spec.guidance_range != (own := self.guidance_range and tuple(self.guidance_range)):
+            raise ValueError(f"guidance_range={own}: the trajectories' scales are of {spec.guidance_range}; give the same.")
 
     def guided_generator(
         self, generator: Denoiser, cond: Cond, null: Cond, guidance: float | None
@@ -125,11 +133,8 @@ class GuidanceDistillation(Method):
         """A student that reads the scale is given it (the middle of its range by default), in one evaluation."""
         if self.negatives is not None:
             cond = self.negatives.of_null(cond, null)
-        if self.guidance_range is None and guidance is None:
+        if self.guidance_range is None:
+            if guidance is not None:
+                raise ValueError(f"guidance={guidance}: the student is guided at one scale and reads none; leave it out.")
             return generator, cond
         return super().guided_generator(generator, cond, null, self.teacher_scale if guidance is None else guidance)
-
-    @property
-    def teacher_scale(self) -> float | None:
-        """The middle of the range of drawn scales."""
-        return None if self.guidance_range is None else sum(self.guidance_range) / 2

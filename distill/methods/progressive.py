@@ -27,6 +27,7 @@ from distill.guidance import GuidanceRule, check_null_share, check_range, draw_s
 from distill.halving import two_step_target
 from distill.lora import LoRA, read_guidance, start_student
 from distill.methods.halved import HalvingMethod
+from distill.negatives import reads_negatives
 from distill.optimization import Optimization
 from distill.schedules import NoiseSchedule
 from distill.space import ModelSpace
@@ -75,6 +76,10 @@ class Progressive(HalvingMethod):
         student = start_student(teacher, lora, adapter)
         if guidance_range is not None:
             read_guidance(student, f"guidance_range={guidance_range}")
+        elif "guidance" in student.scalar_inputs:
+            raise ValueError("guidance_range=null: the adapter reads a guidance scale; give the range, or another adapter.")
+        if reads_negatives(student):
+            raise ValueError("adapter: Progressive gives no negative prompts; give another adapter.")
         rounds = (start_steps, end_steps, round_steps)
         super().__init__(student, teacher, *rounds, optimization, evaluation, guidance, grid, schedule, space)
         self.weight, self.guidance_range = weight or TruncatedSnrWeight(), guidance_range
@@ -112,16 +117,11 @@ class Progressive(HalvingMethod):
         """A student that reads the guidance scale is given it: the middle of its range by default."""
         return super().guided_generator(generator, cond, null, self.teacher_scale if guidance is None else guidance)
 
-    @property
-    def teacher_scale(self) -> float | None:
-        """The middle of the range of drawn scales."""
-        return None if self.guidance_range is None else sum(self.guidance_range) / 2
-
 
 def _check_guidance(teacher: Denoiser, rule: GuidanceRule | None, scales: tuple[float, float] | None) -> None:
     """Raises ValueError for guidance that the teacher has by itself, or needs and is not given."""
     if scales is not None:
-        check_range(scales)
+        check_range(scales, rule)
     if "guidance" not in teacher.scalar_inputs:
         return
     if rule is not None:

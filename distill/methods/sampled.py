@@ -30,6 +30,7 @@ class SampledModule(LightningModule, ABC):
         student: the denoiser that is trained.
         ema: the average of the student, which is what is sampled.
         guidance: how the teacher is guided, or None.
+        guidance_range: of the guidance scales that are drawn in training, ``(low, high)``, or None.
         evaluation: what is drawn and measured.
         sample_shape: shape of one sample in model space; `check_data` sets it from the data.
         reads_trajectories: whether `losses` take points of a teacher's trajectories, whose ``x0`` is a prediction and no data.
@@ -39,6 +40,7 @@ class SampledModule(LightningModule, ABC):
     ema: EMA
     metrics: Any
     guidance: GuidanceRule | None
+    guidance_range: tuple[float, float] | None = None
     evaluation: Evaluation
     _teacher: Frozen | None
     _space: Frozen
@@ -72,8 +74,8 @@ class SampledModule(LightningModule, ABC):
 
     @property
     def teacher_scale(self) -> float | None:
-        """The guidance scale at which the teacher is drawn for comparison; None for the method's rule."""
-        return None
+        """The guidance scale at which the teacher is drawn for comparison: the middle of a range; None for the rule's own."""
+        return None if self.guidance_range is None else sum(self.guidance_range) / 2
 
     @property
     def space(self) -> ModelSpace:
@@ -123,9 +125,10 @@ class SampledModule(LightningModule, ABC):
         if source not in ("ema", "student", "teacher"):
             raise ValueError(f"source={source!r}: give 'ema', 'student' or 'teacher'.")
         if source == "teacher":
-            denoiser = self.guided_teacher(null)
-            if (scale := self.teacher_scale if guidance is None else guidance) is not None:
-                denoiser, cond = guided(self.teacher, cond, null, scale)
+            if (scale := self.teacher_scale if guidance is None else guidance) is None:
+                denoiser = self.guided_teacher(null)
+            else:
+                denoiser, cond = guided(self.teacher, cond, null, scale, self.guidance)
             return self.evaluation.sample_teacher(denoiser, noise, cond, steps, fresh)
         module: Denoiser = {"ema": self.ema.module, "student": self.student}[source]
         denoiser, cond = self.guided_generator(self.generator(module), cond, null, guidance)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from distill.denoiser import Denoiser
+from distill.denoiser import Denoiser, refuse_own_noise
 from distill.evaluation import Evaluation
 from distill.few_step import FewStepSampler
 from distill.gradients import Call, Gradient, denoise, evaluate
@@ -80,6 +80,7 @@ class ScoreDistillation(TwoPlayerMethod, ABC):
         check_student(teacher, student, lora)
         check_sampling(teacher, sampler, evaluation)
         check_laws(teacher.schedule, {"times": times, "fake_score.times": fake_score.times})
+        refuse_own_noise(self, guidance)
         if fake_guidance == "teacher" and guidance is None:
             raise ValueError("fake_guidance='teacher' and guidance=null: there is no rule to share; set both, or neither.")
         if (share := fake_score.null_probability) and teacher.num_classes is not None and not teacher.null_class:

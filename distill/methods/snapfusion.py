@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 
 from distill.couplings import noise_for
-from distill.denoiser import Denoiser, NetworkDenoiser
+from distill.denoiser import Denoiser, NetworkDenoiser, refuse_own_noise
 from distill.evaluation import Evaluation
 from distill.grids import Grid
 from distill.guidance import (
@@ -83,7 +83,7 @@ class SnapFusion(HalvingMethod):
         lora: LoRA | None = None,
         space: ModelSpace | None = None,
     ):
-        check_range(guidance_range)
+        check_range(guidance_range, guidance)
         if not 0 < guided_share <= 1 or denoising_share < 0:
             raise ValueError(
                 f"guided_share={guided_share}, denoising_share={denoising_share}: give a share in (0, 1] and one of 0 or more; "
@@ -92,13 +92,12 @@ class SnapFusion(HalvingMethod):
         if "guidance" in teacher.scalar_inputs:
             raise ValueError("teacher reads a guidance scale by itself: no null prediction is needed; take Progressive.")
         check_null_share(null_probability, teacher)
-        if getattr(guidance, "own_noise", False):
-            raise ValueError(f"guidance={guidance}: the student would step by two predictions and learn one; take Progressive.")
+        refuse_own_noise(self, guidance)
         guidance = guidance or ClassifierFreeGuidance(sum(guidance_range) / 2)
         rounds = (start_steps, end_steps, round_steps)
         student = start_student(teacher, lora)
         super().__init__(student, teacher, *rounds, optimization, evaluation, guidance, grid, schedule, space)
-        self.rule, self.guidance_range, self.guided_share = guidance, guidance_range, guided_share
+        self.rule, self.scales, self.guided_share = guidance, guidance_range, guided_share
         self.denoising_share, self.null_probability = denoising_share, null_probability
         self.weight, self.times = weight or TruncatedSnrWeight(), times or UniformTimes()
 
@@ -119,7 +118,7 @@ class SnapFusion(HalvingMethod):
         # Drawn on the CPU, the same on every rank: no rank waits for others that make twice as many evaluations.
         coin = torch.rand((), generator=torch.Generator().manual_seed(self.draw_key("guided")))
         if coin < self.guided_share:
-            rule = self.rule.at(draw_scales(self.guidance_range, len(x_t), x_t.device))
+            rule = self.rule.at(draw_scales(self.scales, len(x_t), x_t.device))
             teacher, student = rule(teacher, batch.null), rule(student, batch.null)
         with torch.no_grad():
             target = two_step_target(teacher, x_t, steps, batch.cond)
