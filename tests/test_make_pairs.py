@@ -365,7 +365,7 @@ def test_another_torch_or_device_goes_on_with_the_folder(recipe, tmp_path, monke
         (["--count=null"], "count=null: give the number of pairs, or data"),
         (["--steps=0"], "steps=0: give at least 1"),
         (["--seed=-1"], "seed=-1: give at least 0"),
-        (["--guidance_range=[3, 2]"], "guidance_range=[3.0, 2.0]: give 0 <= low < high"),
+        (["--guidance_range=[3, 2]"], "guidance_range=(3.0, 2.0): give 0 <= low < high"),
         (["--guidance_range=[1, 2]", "--anchored.scale=2"], "guidance_range=(1.0, 2.0): anchored is given too"),
         (["--embeddings=float16"], "embeddings=float16: neither data nor prompts make any"),
         (["--invert=true"], "invert=true: pairs are of the data's samples"),

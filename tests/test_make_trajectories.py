@@ -214,7 +214,7 @@ def test_one_folder_holds_one_teacher_and_one_protocol(recipe, tmp_path, capsys)
         (["--points=8", "--sampler.solver=Heun"], "points=8: 4 steps have 7 evaluations"),
         (["--points=0"], "points=0: 4 steps have 4 evaluations; give 1 to 4"),
         (["--count=null"], "count=null: give the number of trajectories, or data"),
-        (["--guidance_range=[3, 2]"], "guidance_range=[3.0, 2.0]: give 0 <= low < high"),
+        (["--guidance_range=[3, 2]"], "guidance_range=(3.0, 2.0): give 0 <= low < high"),
         (["--steps=0"], "steps=0: give at least 1"),
         (["--sampler=RenoiseSampler", "--sampler.grid=UniformGrid"], "sampler"),
         (["--store=png"], "store"),

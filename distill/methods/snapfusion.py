@@ -83,6 +83,7 @@ class SnapFusion(HalvingMethod):
         lora: LoRA | None = None,
         space: ModelSpace | None = None,
     ):
+        refuse_own_noise(self, guidance)
         check_range(guidance_range, guidance)
         if not 0 < guided_share <= 1 or denoising_share < 0:
             raise ValueError(
@@ -92,7 +93,6 @@ class SnapFusion(HalvingMethod):
         if "guidance" in teacher.scalar_inputs:
             raise ValueError("teacher reads a guidance scale by itself: no null prediction is needed; take Progressive.")
         check_null_share(null_probability, teacher)
-        refuse_own_noise(self, guidance)
         guidance = guidance or ClassifierFreeGuidance(sum(guidance_range) / 2)
         rounds = (start_steps, end_steps, round_steps)
         student = start_student(teacher, lora)
