@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from typing import Any
@@ -11,6 +10,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from distill.frozen import still_copy
 from distill.grids import Curriculum
 
 
@@ -115,8 +115,7 @@ class EMA(nn.Module):
 
     def __init__(self, module: nn.Module, averaging: Averaging):
         super().__init__()
-        shared = {id(parameter): parameter for parameter in module.parameters() if not parameter.requires_grad}
-        self.module = copy.deepcopy(module, shared).requires_grad_(False).eval()
+        self.module = still_copy(module)
         self.averaging = averaging
 
     def train(self, mode: bool = True) -> EMA:

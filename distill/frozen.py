@@ -38,6 +38,12 @@ class Frozen(nn.Module):
         return self.module(*args, **kwargs)
 
 
+def still_copy(module: Any) -> Any:
+    """A copy of ``module`` as it is now, not trained, in evaluation mode; what is not trained is shared with it, not copied."""
+    shared = {id(parameter): parameter for parameter in module.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(module, shared).requires_grad_(False).eval()
+
+
 def trainable_copy(module: Any) -> Any:
     """A copy of ``module`` with parameters of its own that are all trained: how a student starts from its teacher."""
     return copy.deepcopy(module).requires_grad_(True).train()

@@ -17,11 +17,11 @@ from distill.networks.edm import EDM
 from distill.schedules import VarianceExploding
 
 
-def write_sd15(folder: Path) -> None:
+def write_sd15(folder: Path, family: str = "sd15") -> None:
     """A whole Stable Diffusion 1.x pipeline but its safety checker: network, scheduler, text tower, tokenizer, autoencoder."""
-    FAMILIES["sd15"].save(folder)
+    FAMILIES[family].save(folder)
     tiny_text.clip_tokenizer(folder)
-    tiny_text.clip_text_model(folder, width=FAMILIES["sd15"].config["cross_attention_dim"])
+    tiny_text.clip_text_model(folder, width=FAMILIES[family].config["cross_attention_dim"])
     tiny_codecs.kl(folder)
 
 
@@ -32,14 +32,6 @@ def write_sdxl(folder: Path) -> None:
     tiny_text.clip_tokenizer(folder, "tokenizer_2", pad="!")
     tiny_text.clip_text_model(folder, width=4)
     tiny_text.clip_text_model(folder, "text_encoder_2", width=8, projection=10)
-    tiny_codecs.kl(folder)
-
-
-def write_sd21(folder: Path) -> None:
-    """Stable Diffusion 2.1, which predicts v, but its safety checker."""
-    FAMILIES["sd2"].save(folder)
-    tiny_text.clip_tokenizer(folder)
-    tiny_text.clip_text_model(folder, width=FAMILIES["sd2"].config["cross_attention_dim"])
     tiny_codecs.kl(folder)
 
 
@@ -58,7 +50,7 @@ def write_edm(folder: Path, num_classes: int | None = None) -> None:
 
 WRITERS = {
     "sd15": write_sd15,
-    "sd21": write_sd21,
+    "sd21": partial(write_sd15, family="sd2"),
     "sdxl": write_sdxl,
     "dit": write_dit,
     "captions": tiny_captions.write_captions,

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from distill.adapters.additions import AttentionAddition, BiasAddition, Rows, ScaleEmbedding
-from distill.adapters.base import Adapter, AttachedAdapter, find_modules, required
+from distill.adapters.base import Adapter, AttachedAdapter, find_modules, key_of, required
 from distill.types import Cond, Sample, Time
 
 
@@ -86,8 +86,7 @@ class AttachedGuidance(AttachedAdapter):
         self.blocks = nn.ModuleDict()
         for path, size in sizes.items():
             block = part(*size, width, self.call)
-            # The name of a module cannot hold dots.
-            self.blocks[path.replace(".", "-")] = block
+            self.blocks[key_of(path)] = block
             self.after(found[path], block.add)
 
     def read(self, x: Sample, time: Time, cond: Cond) -> None:

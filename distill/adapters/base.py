@@ -140,6 +140,11 @@ def ends_with(name: str, end: str) -> bool:
     return name == end or name.endswith("." + end)
 
 
+def key_of(path: str) -> str:
+    """A path as a key of `torch.nn.ModuleDict`, which holds no dots."""
+    return path.replace(".", "-")
+
+
 def missing_targets(model: nn.Module, targets: Iterable[str]) -> list[str]:
     """Those of ``targets``, ends of paths, that no module of ``model`` has."""
     names = [name for name, _ in model.named_modules()]

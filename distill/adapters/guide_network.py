@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from distill.adapters.base import Adapter, AttachedAdapter, Values, required
+from distill.adapters.base import Adapter, AttachedAdapter, Values, key_of, required
 from distill.adapters.scalar_input import sinusoid
 from distill.types import Cond, Sample, Time
 
@@ -66,8 +66,7 @@ class AttachedGuide(AttachedAdapter):
         self.injections = nn.ModuleDict()
         for path, (module, channels, level) in found.items():
             injection = Injection(settings.width, channels, level, self.call)
-            # The name of a module cannot hold dots.
-            self.injections[path.replace(".", "-")] = injection
+            self.injections[key_of(path)] = injection
             self.after(module, injection.add)
 
     def read(self, x: Sample, time: Time, cond: Cond) -> None:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from distill.adapters.base import Adapter, AttachedAdapter, Values, find_modules, required
+from distill.adapters.base import Adapter, AttachedAdapter, Values, find_modules, key_of, required
 from distill.types import Cond, Sample, Time
 
 Tokens = Float[Tensor, "b n d"]
@@ -65,8 +65,7 @@ class AttachedNegativePrompt(AttachedAdapter):
         self.attentions = nn.ModuleDict()
         for path, module in found.items():
             attention = NegativeAttention(module, self.call)
-            # The name of a module cannot hold dots.
-            self.attentions[path.replace(".", "-")] = attention
+            self.attentions[key_of(path)] = attention
             self.after(module.to_q, attention.keep_query)
             self.before(module.to_out[0], attention.take_off)
 

@@ -8,7 +8,6 @@ old round's, and what begins follows from the number of the step alone.
 
 from __future__ import annotations
 
-import copy
 from abc import ABC
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from distill.denoiser import Denoiser
 from distill.evaluation import Evaluation
+from distill.frozen import still_copy
 from distill.grids import Grid, UniformGrid
 from distill.guidance import GuidanceRule
 from distill.halving import HalvedGrid, Rounds
@@ -37,8 +37,7 @@ class Snapshot(nn.Module):
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        shared = {id(parameter): parameter for parameter in module.parameters() if not parameter.requires_grad}
-        self.module = copy.deepcopy(module, shared).requires_grad_(False).eval()
+        self.module = still_copy(module)
 
     def train(self, mode: bool = True) -> Snapshot:
         """It stays in evaluation mode."""
