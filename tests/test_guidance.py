@@ -214,7 +214,7 @@ def test_ranges_of_scales():
     check_range((0.0, 3.0))
     for bad in ((-0.5, 2.0), (2.0, 2.0), (3.0, 2.0), (1.0, float("nan")), (1.0, 2.0, 3.0)):
         with pytest.raises(ValueError, match="w_range=.*give 0 <= low < high"):
-            check_range(bad, "w_range")
+            check_range(bad, key="w_range")
 
 
 # ----------------------------------------------------------------------------------------------------- drawn scales

@@ -130,5 +130,5 @@ def test_a_float16_teacher_is_refused_where_it_is_differentiated(kind: str):
 def test_a_float16_teacher_is_refused_under_layers_of_the_fake_score():
     half = teacher()
     half.frozen_dtype = torch.float16  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="model.teacher.dtype=float16 with LoRA layers on its weights"):
+    with pytest.raises(ValueError, match="model.teacher.dtype=float16 with LoRA layers or adapters on its weights"):
         fit(method("vsd", teacher=half, fake={"lora": LoRA(2)}), BATCHES, 1)

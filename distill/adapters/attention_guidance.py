@@ -31,8 +31,6 @@ class AttentionGuidance(Adapter):
     Attributes:
         kind: ``attention`` or ``additive``.
         width: of keys, values and embeddings; an even number.
-        heads: of kind ``attention``; 1 in the paper. With the three tokens of a class-conditional network one head moves the
-            image's tokens along two directions only: a small width is better spent on several.
         targets: ends of the paths of the modules that are added to: attentions, or a U-Net's residual blocks and convolutions
             that keep the size of their maps. None for the self-attentions of transformers and of ``UNet2DModel``, the cross-
             attentions of ``UNet2DConditionModel``. Where image and prompt are one sequence (Flux' single blocks) all of it is
@@ -40,15 +38,17 @@ class AttentionGuidance(Adapter):
         frequency: m of w's Fourier features ``cos(2 pi (f w m + p))``, f from N(0, 1), p from U(0, 1): scales that differ by
             much less than ``1 / m`` are read alike, by much more unlike. 1 is that of the published attention kind; the
             additive one has 1000, at which features of two drawn scales have nothing in common.
+        heads: of kind ``attention``; 1 in the paper. With the three tokens of a class-conditional network one head moves the
+            image's tokens along two directions only: a small width is better spent on several.
     """
 
     name: ClassVar[str] = "attention_guidance"
 
     kind: Literal["attention", "additive"] = "attention"
     width: int = 256
-    heads: int = 1
     targets: list[str] | None = None
     frequency: float = 1.0
+    heads: int = 1
 
     def __post_init__(self) -> None:
         if self.width < 4 or self.width % 2:
