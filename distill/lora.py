@@ -81,11 +81,6 @@ class LoRA:
             inject_adapter_in_model(config, network.model, ADAPTER)
 
 
-def lora_copy(base: Denoiser, lora: LoRA) -> NetworkDenoiser:
-    """A denoiser that equals ``base`` at first and whose only trained parameters are low-rank additions; see `adapted_copy`."""
-    return adapted_copy(base, lora, None)
-
-
 def adapted_copy(base: Denoiser, lora: LoRA | None, adapter: Adapter | None) -> NetworkDenoiser:
     """A denoiser that equals ``base`` at first and whose only parameters of its own, all trained, are the additions.
 

@@ -53,7 +53,7 @@ def both(denoiser: Denoiser, x: torch.Tensor, t: torch.Tensor, cond: Cond, null:
     return denoiser(x, t, cond), denoiser(x, t, null)
 
 
-def exact(found: torch.Tensor, expected: torch.Tensor, off: float = 1e-12) -> None:
+def assert_near(found: torch.Tensor, expected: torch.Tensor, off: float = 1e-12) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=off)
 
 

@@ -10,7 +10,7 @@ import torch
 from families import FAMILIES
 from torch import nn
 
-from distill.adapters import AttentionGuidance, sinusoid
+from distill.adapters import AttentionGuidance, remove_hooks, sinusoid
 from distill.adapters.additions import AttentionAddition, ScaleEmbedding
 from distill.adapters.base import Values
 from distill.ema import EMA, DecayAveraging
@@ -141,7 +141,7 @@ def test_it_is_added_to_the_attentions_output(kind):
     with torch.no_grad():
         added = block.tokens(kwargs["hidden_states"])
         net.adapters.clear()
-        adapter.detach(net.model)
+        remove_hooks(net.model, adapter)
         before = module(**kwargs)
     torch.testing.assert_close(after[0], before[0] + added)
     assert torch.equal(after[1], before[1]) and added.abs().min() > 0
@@ -158,7 +158,7 @@ def test_maps_are_read_and_written_row_by_row():
     x, after = seen[0]
     block = adapter.blocks["mid_block-attentions-0"]
     with torch.no_grad():
-        adapter.detach(net.model)
+        remove_hooks(net.model, adapter)
         added = after - module(x)
         token = nn.functional.layer_norm(x[:, :, 2, 1], (16,))
         torch.testing.assert_close(added[:, :, 2, 1], block.tokens(token[:, None])[:, 0], rtol=1e-4, atol=1e-5)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distill.denoiser import Denoiser, NetworkDenoiser
 from distill.features import bottleneck_of, denoise_with_features, features_of
 from distill.guidance import ClassifierFreeGuidance
-from distill.lora import LoRA, lora_copy
+from distill.lora import LoRA, start_student
 from distill.networks.base import Network
 from distill.networks.edm import EDM
 from distill.networks.edm2 import EDM2
@@ -285,7 +285,7 @@ def test_gradient_checkpointing_changes_nothing(name, call):
 def test_lora_layers_are_read_and_trained(name):
     base = NetworkDenoiser(WRAPPERS[FAMILIES[name].model_class].of(FAMILIES[name].model()), VariancePreserving(), "eps")
     x, t, cond = inputs(name)
-    student = lora_copy(base, LoRA(2)).eval()
+    student = start_student(base, LoRA(2)).eval()
     assert torch.equal(features_of(student, x, t, cond), features_of(base.eval(), x, t, cond))
     features_of(student, x, t, cond).sum().backward()
     moved = [key for key, value in student.named_parameters() if value.grad is not None]

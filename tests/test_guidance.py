@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from guiding import MEANS, both, exact, setting
+from guiding import MEANS, assert_near, both, setting
 from helpers import small
 from oracle import SCHEDULES, Mixture
 
@@ -101,7 +101,7 @@ def test_scales_of_each_sample_within_an_interval():
     found = ClassifierFreeGuidance(scale, 0.3, 2.0)(denoiser, null)(x, t, cond)
     assert denoiser.rows == [6] and denoiser.cond["labels"].tolist() == [0, 1, 2, 0, 3, 3]
     own, without = both(denoiser, x, t, cond, null)
-    exact(found[1:3], without[1:3] + torch.tensor([[2.0], [7.5]]) * (own - without)[1:3])
+    assert_near(found[1:3], without[1:3] + torch.tensor([[2.0], [7.5]]) * (own - without)[1:3])
     assert torch.equal(found[[0, 3]], own[[0, 3]])
 
 
@@ -160,14 +160,14 @@ def test_gradients_and_tangents_are_the_formulas(interval):
 
     weights = list(network.parameters())
     found, expected = rule(network, null)(x, t, cond), by_hand(x, t)
-    exact(found, expected)
+    assert_near(found, expected)
     grads = [torch.autograd.grad(value.square().sum(), weights) for value in (found, expected)]
     for one, other in zip(*grads, strict=True):
-        exact(one, other)
+        assert_near(one, other)
     assert max(float(grad.abs().max()) for grad in grads[0]) > 0.01
     tangents = torch.randn_like(x), torch.ones_like(t)
     along = [torch.func.jvp(f, (x, t), tangents)[1] for f in (lambda x, t: rule(network, null)(x, t, cond), by_hand)]
-    exact(*along)
+    assert_near(*along)
 
 
 def test_under_autocast_sums_stay_in_float32():
@@ -177,7 +177,7 @@ def test_under_autocast_sums_stay_in_float32():
         found = ClassifierFreeGuidance(2.5)(network, null)(x, t, cond)
         own, without = both(network, x, t, cond, null)
     assert found.dtype == torch.float32 and not torch.equal(own, network(x, t, cond))
-    exact(found, without + 2.5 * (own - without), 1e-6)
+    assert_near(found, without + 2.5 * (own - without), 1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ a scale, whoever reads it
@@ -190,10 +190,10 @@ def test_a_denoiser_at_a_scale_is_guided_classifier_free_or_by_a_rule():
     for scale in (2.5, scales):
         at, conditions = guided(denoiser, cond, null, scale)
         expected = without + (scale if isinstance(scale, float) else scale[:, None]) * (own - without)
-        exact(at(x, t, conditions), expected)
+        assert_near(at(x, t, conditions), expected)
         assert conditions is cond
     at, _ = guided(denoiser, cond, null, 2.5, AdaptiveProjectedGuidance(9.0, 0.3, None, 0.0, sigma_low=1.0))
-    exact(at(x, t, cond), AdaptiveProjectedGuidance(2.5, 0.3, None, 0.0, sigma_low=1.0)(denoiser, null)(x, t, cond))
+    assert_near(at(x, t, cond), AdaptiveProjectedGuidance(2.5, 0.3, None, 0.0, sigma_low=1.0)(denoiser, null)(x, t, cond))
     assert guided(denoiser, cond, null, 1.0)[0] is denoiser
 
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from families import FAMILIES
-from guiding import IMAGES, MEANS, Counted, both, exact, setting
+from guiding import IMAGES, MEANS, Counted, assert_near, both, setting
 from helpers import small
 from oracle import Mixture
 from torch import nn
@@ -73,7 +73,7 @@ def test_icg_is_the_formula_with_the_class_that_was_drawn():
     assert denoiser.rows == [8] and denoiser.cond["labels"][:4].tolist() == [0, 1, 2, 0]
     drawn = {"labels": denoiser.cond["labels"][4:]}
     own, other = both(denoiser, x, t, cond, drawn)
-    exact(found, other + 3.0 * (own - other))
+    assert_near(found, other + 3.0 * (own - other))
     assert (found - own).abs().max() > 0.1
 
 
@@ -110,7 +110,7 @@ def test_icg_replaces_embeddings_by_noise_of_their_scale_and_leaves_the_rest():
     assert abs(float(unit.mean())) < 0.07 and float(unit.std()) == pytest.approx(1, abs=0.05)
     assert abs(float((unit * prompts).mean()) - 0) < 0.35, "nothing of the sample's own"
     own, other = (denoiser(x, t, {"prompt_embeds": side["prompt_embeds"]}) for side in (cond, drawn))
-    exact(found, other + 2.0 * (own - other), 1e-5)
+    assert_near(found, other + 2.0 * (own - other), 1e-5)
     IndependentConditionGuidance(2.0, ["time_ids"])(denoiser, {})(x, t, cond)
     assert torch.equal(denoiser.cond["prompt_embeds"][400:], prompts)
     assert not torch.isclose(denoiser.cond["time_ids"][400:], cond["time_ids"]).all(1).any()
@@ -145,8 +145,8 @@ def test_a_sample_under_icg_depends_on_its_number_alone(sampler):
     assert (drawn[0] != drawn[1]).any() and (drawn[1] != drawn[2]).any()
     torch.manual_seed(1)
     parts = torch.cat([draw(guided, part, cond, (2, 3, 3), sampler) for part in (numbers[:1], numbers[1:6], numbers[6:])])
-    exact(whole, parts)
-    exact(draw(guided, [7, 3, 11], cond, (2, 3, 3), sampler), whole[[7, 3, 11]])
+    assert_near(whole, parts)
+    assert_near(draw(guided, [7, 3, 11], cond, (2, 3, 3), sampler), whole[[7, 3, 11]])
 
 
 def test_a_sample_under_tsg_depends_on_its_number_alone():
@@ -156,7 +156,7 @@ def test_a_sample_under_tsg_depends_on_its_number_alone():
     whole = draw(guided, numbers, cond, (1, 4, 4))
     torch.manual_seed(1)
     parts = torch.cat([draw(guided, part, cond, (1, 4, 4)) for part in (numbers[:1], numbers[1:6], numbers[6:])])
-    exact(whole, parts, 1e-9)
+    assert_near(whole, parts, 1e-9)
     assert (whole - draw(denoiser, numbers, cond, (1, 4, 4))).abs().flatten(1).amax(1).min() > 1e-4
 
 
@@ -215,9 +215,9 @@ def test_tsg_disturbs_what_the_time_embedding_gives_by_strength_and_share_of_tim
     guided = TimeStepGuidance(3.0, 1.5, 2.0, schedule=RectifiedFlow())(base, {})
     own, wrong = denoiser(x, t, cond), changed(x, t, cond)
     torch.manual_seed(4)
-    exact(guided(seen, time, cond), wrong + 3.0 * (own - wrong), 2e-4 if view else 1e-5)
+    assert_near(guided(seen, time, cond), wrong + 3.0 * (own - wrong), 2e-4 if view else 1e-5)
     assert (own - wrong).abs().flatten(1).amax(1).min() > 1e-4
-    exact(denoiser(x, t, cond), own, 1e-6)
+    assert_near(denoiser(x, t, cond), own, 1e-6)
 
 
 def test_tsg_is_one_forward_and_leaves_no_hook_behind():
@@ -233,7 +233,7 @@ def test_tsg_is_one_forward_and_leaves_no_hook_behind():
         TimeStepGuidance(3.0, 1.0)(denoiser, {})(x, t, {})
     assert not embedding._forward_hooks
     own = denoiser(x, t, cond)
-    exact(TimeStepGuidance(3.0, 0.0)(denoiser, {})(x, t, cond), own, 1e-5)
+    assert_near(TimeStepGuidance(3.0, 0.0)(denoiser, {})(x, t, cond), own, 1e-5)
     assert TimeStepGuidance(1.0, 1.0)(denoiser, {}) is denoiser
 
 

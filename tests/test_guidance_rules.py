@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from guiding import IMAGES, LEVELS, Counted, both, exact, no_fresh, rules, setting
+from guiding import IMAGES, LEVELS, Counted, assert_near, both, no_fresh, rules, setting
 from oracle import SCHEDULES, Mixture
 from torch.nn.functional import cosine_similarity
 
@@ -41,7 +41,7 @@ def test_outside_of_the_interval_no_rule_asks_twice(name):
     cond, null = ({"labels": side["labels"][[0, 3]]} for side in (cond, null))
     x0, eps = rule(denoiser, null).x0_and_eps(x[[0, 3]], t[[0, 3]], cond)
     assert denoiser.rows == [2] and torch.equal(x0, own[[0, 3]])
-    exact(eps, VP.eps(x, own, t)[[0, 3]])
+    assert_near(eps, VP.eps(x, own, t)[[0, 3]])
 
 
 @pytest.mark.parametrize("above", [True, False])
@@ -58,7 +58,7 @@ def test_rules_work_above_and_below_a_view(name, above):
     seen = x * (flow.scale(s) / VP.scale(t)).reshape(-1, 1, 1, 1)
     guided = rule(denoiser, null).under(flow) if above else rule(denoiser.under(flow), null)
     for one, other in zip(guided.x0_and_eps(seen, s, cond), rule(denoiser, null).x0_and_eps(x, t, cond), strict=True):
-        exact(one, other, 1e-9)
+        assert_near(one, other, 1e-9)
     assert guided.own_noise == (name == "cfg++")
 
 
@@ -80,7 +80,7 @@ def test_rescaling_is_that_of_diffusers_on_a_prediction(space):
     theirs = Theirs(guidance_scale=4.0, guidance_rescale=0.7).forward(seen(own), seen(without)).pred
     back = {"x0": lambda y: y, "eps": lambda y: (x - sigma * y) / alpha, "v": lambda y: alpha * x - sigma * y}[space]
     found = ClassifierFreeGuidance(4.0, rescale=0.7, rescale_space=space)(denoiser, null)(x, t, cond)
-    exact(found, back(theirs), 1e-9)
+    assert_near(found, back(theirs), 1e-9)
     others = {"x0", "eps", "v"} - {space}
     for other in others:
         one = ClassifierFreeGuidance(4.0, rescale=0.7, rescale_space=other)(denoiser, null)(x, t, cond)
@@ -97,7 +97,7 @@ def test_rescaling_in_a_flows_space_is_of_its_velocity():
     ratio = velocity.flatten(1).std(1) / made.flatten(1).std(1)
     made = made * (0.4 + 0.6 * ratio).reshape(-1, 1, 1, 1)
     found = ClassifierFreeGuidance(3.0, rescale=0.6, rescale_space="flow")(denoiser, null)(x, t, cond)
-    exact(found, x - time * made)
+    assert_near(found, x - time * made)
 
 
 WEIGHTS = {
@@ -124,11 +124,11 @@ def test_weights_are_of_the_share_of_time(schedule, name):
         shares = [float(time) / {RectifiedFlow: 1.0, VariancePreserving: 999.0}.get(type(schedule), math.pi / 2) for time in t]
     scales = torch.tensor([1 + formula(2.5, u) for u in shares], dtype=torch.float64)[:, None]
     rule = ClassifierFreeGuidance(3.5, weight=make() if of is None else make(schedule=of))
-    exact(rule(denoiser, null)(x, t, cond), without + scales * (own - without), 1e-6)
+    assert_near(rule(denoiser, null)(x, t, cond), without + scales * (own - without), 1e-6)
     each = ClassifierFreeGuidance(torch.tensor([3.5, 2.0, 3.5, 1.5]), 0.3, weight=rule.weight)
     scales = torch.tensor([1 + formula(w, u) for w, u in zip((2.5, 1.0, 2.5, 0.5), shares, strict=True)])[:, None]
     expected = torch.cat([own[:1], (without + scales * (own - without))[1:]])
-    exact(each(denoiser, null)(x, t, cond), expected, 1e-6)
+    assert_near(each(denoiser, null)(x, t, cond), expected, 1e-6)
 
 
 def test_weights_rise_from_the_condition_itself_and_keep_their_mean():
@@ -158,7 +158,7 @@ def test_a_time_without_shares_is_refused():
 def test_apg_with_the_parallel_part_and_nothing_else_is_classifier_free(scale):
     denoiser, x, t, cond, null = setting(VP, IMAGES)
     plain = ClassifierFreeGuidance(scale)(denoiser, null)(x, t, cond)
-    exact(AdaptiveProjectedGuidance(scale, eta=1.0, momentum=0.0)(denoiser, null)(x, t, cond), plain)
+    assert_near(AdaptiveProjectedGuidance(scale, eta=1.0, momentum=0.0)(denoiser, null)(x, t, cond), plain)
     assert (AdaptiveProjectedGuidance(scale, momentum=0.0)(denoiser, null)(x, t, cond) - plain).abs().max() > 0.01
 
 
@@ -166,12 +166,12 @@ def test_apg_adds_nothing_along_the_condition():
     denoiser, x, t, cond, null = setting(VP, IMAGES)
     own, without = (value.flatten(1) for value in both(denoiser, x, t, cond, null))
     found = AdaptiveProjectedGuidance(3.0, momentum=0.0)(denoiser, null)(x, t, cond).flatten(1)
-    exact(((found - own) * own).sum(1), torch.zeros(4).double(), 1e-9)
+    assert_near(((found - own) * own).sum(1), torch.zeros(4).double(), 1e-9)
     shift = own - without
     across = shift - (shift * own).sum(1, keepdim=True) / own.square().sum(1, keepdim=True) * own
-    exact(found, own + 2.0 * across)
+    assert_near(found, own + 2.0 * across)
     bound = AdaptiveProjectedGuidance(3.0, 1.0, 0.25, 0.0)(denoiser, null)(x, t, cond).flatten(1)
-    exact((bound - own).norm(dim=1), 2.0 * shift.norm(dim=1).clamp(max=0.25))
+    assert_near((bound - own).norm(dim=1), 2.0 * shift.norm(dim=1).clamp(max=0.25))
     assert bool((shift.norm(dim=1) > 0.25).any())
 
 
@@ -187,7 +187,7 @@ def test_apg_along_a_trajectory_is_that_of_diffusers(eta, threshold, momentum):
     for step in range(4):
         x, t = x * 0.8, t * 0.7
         expected = theirs.forward(*both(denoiser, x, t, cond, null)).pred
-        exact(guided(x, t, cond), expected, 1e-6)
+        assert_near(guided(x, t, cond), expected, 1e-6)
     if momentum:
         assert (guided(x, t, cond) - expected).abs().max() > 1e-3, "the momentum moves on"
 
@@ -237,8 +237,8 @@ def test_samplers_follow_one_trajectory():
         x0 = own + 2.0 * (shift - along)
         x = x0 if t == 0.25 else x0 * (1.25 - t) + (t - 0.25) * (x - (1 - t) * x0) / t
     sampler = OdeSampler(DDIM(), UniformGrid())
-    exact(sampler(guided, noise, cond, 4), x)
-    exact(sampler(guided, noise, cond, 4), x)
+    assert_near(sampler(guided, noise, cond, 4), x)
+    assert_near(sampler(guided, noise, cond, 4), x)
 
 
 # ---------------------------------------------------------------------------------------------------------------- CFG++
@@ -259,7 +259,7 @@ def test_cfg_plus_plus_is_ddim_with_the_null_predictions_noise(name, scale):
         eps_null = (x - schedule.alpha(t) * without) / schedule.sigma(t)
         x = x0 if s is None else schedule.alpha(s) * x0 + schedule.sigma(s) * eps_null
     found = OdeSampler(DDIM(), UniformGrid())(CfgPlusPlus(scale)(oracle, null), noise, cond, 3)
-    exact(found, x, 1e-7)
+    assert_near(found, x, 1e-7)
     unguided = OdeSampler(DDIM(), UniformGrid())(oracle, noise, null if scale == 0 else cond, 3)
     assert (found - unguided).abs().max() < 1e-7 if scale == 0 else (found - unguided).abs().max() > 1e-5
 
@@ -270,8 +270,8 @@ def test_cfg_plus_plus_costs_two_rows_a_step_and_takes_a_scale_a_sample():
     x0, eps = CfgPlusPlus(scale)(denoiser, null).x0_and_eps(x, t, cond)
     assert denoiser.rows == [8]
     own, without = both(denoiser, x, t, cond, null)
-    exact(x0, without + scale[:, None] * (own - without))
-    exact(eps, denoiser.schedule.eps(x, without, t))
+    assert_near(x0, without + scale[:, None] * (own - without))
+    assert_near(eps, denoiser.schedule.eps(x, without, t))
 
 
 @pytest.mark.parametrize("solver", [Euler(), Heun(), DPMSolver2M()], ids=lambda solver: type(solver).__name__)
@@ -295,7 +295,7 @@ def test_jumps_go_on_with_its_noise():
     x0, eps = CfgPlusPlus(0.6)(denoiser, null).x0_and_eps(x, one, cond)
     own, without = both(denoiser, 0.5 * (x0 + eps), one / 2, cond, null)
     found = JumpSampler(UniformGrid())(CfgPlusPlus(0.6)(denoiser, null), x, cond, 2)
-    exact(found, without + 0.6 * (own - without))
+    assert_near(found, without + 0.6 * (own - without))
 
 
 # ---------------------------------------------------------------------------------------------------- adaptive guidance
@@ -314,7 +314,7 @@ def test_adaptive_guidance_is_decided_anew_where_there_is_no_trajectory(space):
     assert denoiser.rows == [8, 8] and torch.equal(*found)
     passed = (cosines > threshold).reshape(-1, 1, 1, 1)
     assert passed.sum() == 2
-    exact(found[0], torch.where(passed, own, without + 3.0 * (own - without)))
+    assert_near(found[0], torch.where(passed, own, without + 3.0 * (own - without)))
 
 
 def test_adaptive_guidance_saves_evaluations_along_a_trajectory():
@@ -339,7 +339,7 @@ def test_adaptive_guidance_saves_evaluations_along_a_trajectory():
         denoiser.rows.clear()
         found = OdeSampler(DDIM(), UniformGrid())(guided, noise, cond, steps)
         assert denoiser.rows == rows.tolist()
-        exact(found, torch.cat(samples), 1e-9)
+        assert_near(found, torch.cat(samples), 1e-9)
     assert rows[0] == 12 and 6 in rows.tolist() and len(set(rows.tolist())) > 2, "samples stop one by one, all in the end"
 
 
@@ -348,7 +348,7 @@ def test_a_cosine_that_is_never_passed_leaves_classifier_free_guidance():
     guided = AdaptiveGuidance(3.0, 1.0)(denoiser, null).trajectory(no_fresh)
     expected = ClassifierFreeGuidance(3.0)(denoiser, null)(x, t, cond)
     for _ in range(2):
-        exact(guided(x, t, cond), expected)
+        assert_near(guided(x, t, cond), expected)
 
 
 # ---------------------------------------------------------------------------------------------------------- bad settings

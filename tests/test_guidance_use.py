@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from guiding import MEANS, Counted, exact, no_fresh, setting
+from guiding import MEANS, Counted, assert_near, no_fresh, setting
 from helpers import SHAPE, evaluation, gaussian, small, two_classes
 from oracle import Mixture
 
@@ -49,10 +49,10 @@ def test_autoguidance_leads_away_from_the_guide_whatever_its_schedule(schedule):
     found = Autoguidance(bad, 2.1)(denoiser, {})(x, t, cond)
     assert denoiser.rows == [4] and bad.rows == [4] and torch.equal(bad.cond["labels"], cond["labels"])
     own, worse = denoiser(x, t, cond), Mixture(RectifiedFlow(), MEANS, 0.8)(x, t, cond)
-    exact(found, worse + 2.1 * (own - worse), 1e-9)
-    exact(found, Theirs(2.1, auto_guidance_layers=[0], dropout=1.0).forward(own, worse).pred, 1e-6)
+    assert_near(found, worse + 2.1 * (own - worse), 1e-9)
+    assert_near(found, Theirs(2.1, auto_guidance_layers=[0], dropout=1.0).forward(own, worse).pred, 1e-6)
     scales = torch.tensor([2.0, 3.0, 1.0, 0.5], dtype=torch.float64)
-    exact(Autoguidance(bad, 2.1).at(scales)(denoiser, null)(x, t, cond), worse + scales[:, None] * (own - worse), 1e-9)
+    assert_near(Autoguidance(bad, 2.1).at(scales)(denoiser, null)(x, t, cond), worse + scales[:, None] * (own - worse), 1e-9)
 
 
 def test_an_unconditional_guide_and_its_interval():
@@ -62,7 +62,7 @@ def test_an_unconditional_guide_and_its_interval():
     found = rule(denoiser, null)(x, t, cond)
     assert denoiser.rows == [4] and bad.rows == [2] and bad.cond["labels"].tolist() == [3, 3]
     own, worse = denoiser(x, t, cond), bad(x, t, null)
-    exact(found, torch.cat([own[:1], (worse + 2.1 * (own - worse))[1:3], own[3:]]))
+    assert_near(found, torch.cat([own[:1], (worse + 2.1 * (own - worse))[1:3], own[3:]]))
     bad.rows.clear()
     rule(denoiser, {"labels": null["labels"][:1]})(x[:1], t[:1], {"labels": cond["labels"][:1]})
     assert bad.rows == [] and Autoguidance(bad, 1.0)(denoiser, {}) is denoiser
@@ -122,10 +122,10 @@ def test_gradients_pass_a_guided_fake_score_and_not_its_guide():
     gradients = torch.autograd.grad(found.sum(), [x, *network.parameters()])
     own = torch.autograd.grad(2.0 * network(x, t, cond).sum(), list(network.parameters()))
     for one, other in zip(gradients[1:], own, strict=True):
-        exact(one, other, 1e-5)
+        assert_near(one, other, 1e-5)
     # the guide's own slope in x is a part of the input's
     slopes = [torch.autograd.grad(part(x, t, cond).sum(), x)[0] for part in (network, guide)]
-    exact(gradients[0], 2.0 * slopes[0] - slopes[1], 1e-5)
+    assert_near(gradients[0], 2.0 * slopes[0] - slopes[1], 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------ from config
@@ -237,7 +237,7 @@ def test_a_consistency_method_steps_by_the_guided_teacher(name):
         steps.append(method.teacher_step(method.solver, method.drawn(rule), x, t, t - 100, cond, null))
     torch.manual_seed(0)
     x0, eps = rule(two_classes().under(schedule), null).x0_and_eps(x, t, cond)
-    exact(steps[0], schedule.add_noise(x0, eps, t - 100), 1e-9)
+    assert_near(steps[0], schedule.add_noise(x0, eps, t - 100), 1e-9)
     assert torch.equal(*steps)
     assert (steps[0] - DDIM().step(two_classes().under(schedule), x, t, t - 100, cond)).abs().max() > 1e-3
 

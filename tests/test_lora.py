@@ -17,7 +17,7 @@ from distill.distances import SquaredDistance
 from distill.ema import DecayAveraging
 from distill.grids import ConstantPoints, UniformGrid
 from distill.guidance import ClassifierFreeGuidance
-from distill.lora import LoRA, lora_copy, read_guidance, start_student
+from distill.lora import LoRA, read_guidance, start_student
 from distill.methods.consistency import Consistency
 from distill.networks.unet2d import UNet2D
 from distill.optimization import Optimization
@@ -68,7 +68,7 @@ def call(denoiser: Any, guidance: float = 1.0) -> torch.Tensor:
 
 def test_a_student_equals_its_teacher_at_first_and_holds_no_copy_of_its_weights():
     base = teacher()
-    student = lora_copy(base, LoRA(4))
+    student = start_student(base, LoRA(4))
     assert torch.equal(call(student), call(base))
     own = {id(parameter) for parameter in base.parameters()}
     added = [(name, value) for name, value in student.named_parameters() if id(value) not in own]
@@ -80,7 +80,7 @@ def test_a_student_equals_its_teacher_at_first_and_holds_no_copy_of_its_weights(
 def test_rank_and_alpha_are_those_asked_for():
     """A layer's weight becomes ``W + alpha / rank B A``."""
     base = teacher()
-    student = lora_copy(base, LoRA(rank=3, alpha=12, targets=["to_q"]))
+    student = start_student(base, LoRA(rank=3, alpha=12, targets=["to_q"]))
     layer = next(module for name, module in student.network.model.named_modules() if name.endswith("attentions.0.to_q"))
     down, up = layer.lora_A["student"].weight, layer.lora_B["student"].weight
     assert down.shape[0] == up.shape[1] == 3
@@ -216,7 +216,7 @@ def test_what_cannot_be_adapted_is_named():
     from helpers import small, two_classes
 
     with pytest.raises(ValueError, match=r"lora.targets=\['to_z'\]"):
-        lora_copy(teacher(), LoRA(targets=["to_q", "to_z"]))
+        start_student(teacher(), LoRA(targets=["to_q", "to_z"]))
     with pytest.raises(ValueError, match="lora: only networks of diffusers"):
         start_student(small(), LoRA())
     with pytest.raises(ValueError, match="adapter: only networks of diffusers"):

@@ -10,7 +10,7 @@ from helpers import FixedTimes, Game, Watch, batch_of, fit, game, same, small, t
 from pytorch_lightning import Callback
 from torch import nn
 
-from distill.lora import LoRA, lora_copy
+from distill.lora import LoRA, start_student
 from distill.methods.trained import Player
 from distill.networks.unet2d import UNet2D
 from distill.optimization import LearningRate, Optimization, PlayerOptimization
@@ -173,7 +173,7 @@ def test_two_players_may_stand_on_the_same_frozen_weights():
     from distill.schedules import RectifiedFlow
 
     base = NetworkDenoiser(UNet2D(1, 4, 2, (8, 8), 1, heads_width=8, groups=4), RectifiedFlow())
-    first, second = (lora_copy(base, LoRA(2)) for _ in range(2))
+    first, second = (start_student(base, LoRA(2)) for _ in range(2))
     players = [Player(name, lambda batch: {}, part, PlayerOptimization()) for name, part in (("a", first), ("b", second))]
     shared = {id(parameter) for parameter in base.parameters()}
     assert all(not shared & {id(parameter) for parameter in player.parameters} for player in players)

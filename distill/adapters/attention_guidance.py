@@ -38,8 +38,8 @@ class AttentionGuidance(Adapter):
         frequency: m of w's Fourier features ``cos(2 pi (f w m + p))``, f from N(0, 1), p from U(0, 1): scales that differ by
             much less than ``1 / m`` are read alike, by much more unlike. 1 is that of the published attention kind; the
             additive one has 1000, at which features of two drawn scales have nothing in common.
-        heads: of kind ``attention``; 1 in the paper. With the three tokens of a class-conditional network one head moves the
-            image's tokens along two directions only: a small width is better spent on several.
+        heads: of kind ``attention``; 1 in the paper. With the three tokens of a class-conditional network each head moves the
+            image's tokens along two directions only.
     """
 
     name: ClassVar[str] = "attention_guidance"

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from distill.adapters.removal import remove_hooks
 from distill.types import Cond, Sample, Time
 
 
@@ -120,10 +119,6 @@ class AttachedAdapter(nn.Module, ABC):
         """Calls ``hook(module, args, kwargs)`` before a module; it returns both anew, or None. Otherwise as `after`."""
         self._check(hook)
         module.register_forward_pre_hook(hook, with_kwargs=True)
-
-    def detach(self, model: nn.Module) -> None:
-        """Removes this adapter's hooks from all modules of ``model``."""
-        remove_hooks(model, self)
 
     def _check(self, hook: Callable[..., Any]) -> None:
         if not any(getattr(hook, "__self__", None) is part for part in self.modules()):
