@@ -26,77 +26,36 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from distill.couplings import Coupling, noise_for, refuse_pairs
+from distill.couplings import Coupling
 from distill.denoiser import Denoiser, NetworkDenoiser
 from distill.evaluation import Evaluation
-from distill.guidance import check_null_share, draw_scales, drop_conditions
+from distill.guidance import draw_scales, drop_conditions
 from distill.lora import read_guidance
-from distill.methods.base import Method
+from distill.methods.from_data import TrainingFromData
 from distill.optimization import Optimization
 from distill.schedules import per_sample
 from distill.space import ModelSpace
 from distill.times import TimeDistribution
 from distill.types import Batch, Cond, DataSpec, Losses, Sample, Time
-from distill.weights import ConstantWeight, Weight
+from distill.weights import Weight
 
 
-class SelfGuided(Method):
-    """What both share: training from data by squared errors, and sampling in one evaluation at a scale that is an input.
+class SelfGuided(TrainingFromData):
+    """What both share: a sample costs one evaluation a step, at a scale that is an input.
 
-    Args:
-        student: the denoiser; its schedule and prediction type are what it is trained in.
-        times: law of the training times.
-        weight: w(t).
-        null_probability: in [0, 1), share of samples trained without their conditions; 0.1 in both papers.
-        coupling: of data and noise, by the labels before any is replaced; None draws noise freely.
-        optimization, evaluation, space: see `Method`.
-
-    Raises:
-        ValueError: a share outside of [0, 1).
+    Both papers drop the conditions of a tenth of the samples.
     """
 
-    student: NetworkDenoiser
     sample_scale: float | None = None
     """The scale at which a student that reads one is sampled, if no other is asked for."""
 
-    def __init__(
-        self,
-        student: NetworkDenoiser,
-        times: TimeDistribution,
-        optimization: Optimization,
-        evaluation: Evaluation,
-        weight: Weight | None = None,
-        null_probability: float = 0.1,
-        coupling: Coupling | None = None,
-        space: ModelSpace | None = None,
-    ):
-        check_null_share(null_probability, student)
-        super().__init__(student, None, None, optimization, evaluation, space)
-        self.times, self.weight, self.null_probability = times, weight or ConstantWeight(), null_probability
-        self.coupling = coupling
-
     def check_data(self, spec: DataSpec) -> None:
         super().check_data(spec)
-        refuse_pairs(self.coupling, spec)
         if spec.num_classes is None and not spec.prompts and not spec.widths:
             raise ValueError(
                 f"{type(self).__name__} guides towards conditions, and data carries none: give data with labels or prompts, or "
                 "DenoisingTraining."
             )
-
-    def noised(self, batch: Batch) -> tuple[Sample, Time, Sample]:
-        """``x_t``, its times ``(b,)`` and the network's target there."""
-        assert batch.x0 is not None
-        schedule, x0 = self.student.schedule, batch.x0
-        t = self.times.sample(len(x0), schedule, x0.device)
-        eps = noise_for(batch, self.coupling)
-        return schedule.add_noise(x0, eps, t), t, self.student.raw_target(x0, eps, t)
-
-    def squared(self, errors: Sample, t: Time) -> Losses:
-        """The weighted mean square of ``errors`` ``(b, *shape)``."""
-        schedule = self.student.schedule
-        weights = self.weight(schedule, t, torch.full_like(t, schedule.t_min))
-        return {"loss": (weights * errors.square().flatten(1).mean(1)).mean()}
 
     def guided_generator(
         self, generator: Denoiser, cond: Cond, null: Cond, guidance: float | None
@@ -113,8 +72,8 @@ class GuidanceFreeTraining(SelfGuided):
             (as in its Stable Diffusion, whose ``1/b - 1`` is our scalar input with origin 1), which has no bound there; and
             the loss tells the network little about a scale whose b is small.
         sample_scale: the scale of validation's samples, in [1, max_scale].
-        student, times, weight, null_probability, coupling, optimization, evaluation, space: see `SelfGuided`. A pretrained
-            student whose null prediction is good may have ``null_probability: 0``, as the paper's Stable Diffusion.
+        student, times, weight, null_probability, coupling, optimization, evaluation, space: see `TrainingFromData`. A
+            pretrained student whose null prediction is good may have ``null_probability: 0``, as the paper's Stable Diffusion.
 
     Raises:
         ValueError: a scale out of range; a network that takes no scalar input.
@@ -166,7 +125,7 @@ class ModelGuidance(SelfGuided):
         average: whether F' is the average of the student (eq. 18), which also stands in validation, or its present weights
             (algorithm 1), in evaluation mode.
         sample_scale: with a range, the scale of validation's samples; None for the middle of the range.
-        student, times, weight, null_probability, coupling, optimization, evaluation, space: see `SelfGuided`.
+        student, times, weight, null_probability, coupling, optimization, evaluation, space: see `TrainingFromData`.
 
     Raises:
         ValueError: neither or both of scale and range, or one out of range; a network that takes no scalar input.
