@@ -7,7 +7,9 @@ from abc import ABC, abstractmethod
 
 import torch
 from jaxtyping import Float, Float64, UInt8
-from torch import Tensor
+from torch import Tensor, nn
+
+from distill.image_features import ImageFeatures
 
 Images = Float[Tensor, "b c h w"]
 
@@ -64,3 +66,24 @@ class PixelFeatures(FeatureExtractor):
     def __call__(self, images: Images) -> Float64[Tensor, "b d"]:
         """Pixels in [0, 1], ``d = c h w``. NaN stays NaN."""
         return quantize(images).double().div(255).flatten(1)
+
+
+class NetworkFeatures(nn.Module, FeatureExtractor):
+    """Features of a network, for measuring: of images as they are after saving to bytes, in float64, without gradients.
+
+    Args:
+        features: the network's.
+
+    Attributes:
+        identity: of its weights.
+    """
+
+    def __init__(self, features: ImageFeatures):
+        super().__init__()
+        self.features, self.name, self.identity = features, features.name, features.identity
+        self.protocol = f"{features.protocol}; of images rounded to bytes 0..255, clamped; float64"
+
+    @torch.no_grad()
+    def forward(self, images: Images) -> Float64[Tensor, "b d"]:
+        """Features ``(b, d)``. A row with an image that is not finite is NaN."""
+        return self.features(quantize(images).div(127.5).sub(1)).double()

@@ -11,7 +11,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from torchmetrics import Metric
 
-from distill.metrics.features import FeatureExtractor, PixelFeatures
+from distill.image_features import ImageFeatures
+from distill.metrics.features import FeatureExtractor, NetworkFeatures, PixelFeatures
 from distill.types import Cond
 
 Mean = Float[Tensor, " d"]
@@ -93,7 +94,7 @@ class FrechetDistance(Metric):
     """The Fréchet distance between generated and real images, streamed and summed over ranks.
 
     Args:
-        features: what is compared; pixels by default.
+        features: what is compared; pixels by default. Features of a network are taken of bytes (`NetworkFeatures`).
 
     Attributes:
         name: ``frechet_<name of the features>``.
@@ -103,9 +104,10 @@ class FrechetDistance(Metric):
     higher_is_better = False
     full_state_update = False
 
-    def __init__(self, features: FeatureExtractor | None = None):
+    def __init__(self, features: FeatureExtractor | ImageFeatures | None = None):
         super().__init__()
-        self.features = PixelFeatures() if features is None else features
+        wrapped = NetworkFeatures(features) if isinstance(features, ImageFeatures) else features
+        self.features = PixelFeatures() if wrapped is None else wrapped
         self.name = f"frechet_{self.features.name}"
         for side in ("fake", "real"):
             empty = GaussianStatistics()
