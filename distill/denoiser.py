@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from distill.adapters import SECOND_TIME
 from distill.schedules import NoiseSchedule, per_sample
 from distill.types import Cond, Sample, Time
 
@@ -82,7 +83,8 @@ class Denoiser(nn.Module, ABC):
     def forward(self, x: Sample, t: Time, cond: Cond, r: Time | None = None) -> Sample:
         """``x0`` in float32 (float64 if ``x`` is), for ``x`` ``(b, *shape)`` at times ``t`` ``(b,)``.
 
-        ``r`` ``(b,)`` is the second time of networks that jump from ``t`` to ``r``; others must not be given one.
+        ``r`` ``(b,)`` is the second time of networks that jump from ``t`` to ``r``, the end of the schedule where it is None;
+        others must not be given one.
         """
 
     def x0_and_eps(self, x: Sample, t: Time, cond: Cond, r: Time | None = None) -> tuple[Sample, Sample]:
@@ -157,8 +159,30 @@ class NetworkDenoiser(Denoiser):
     def scalar_inputs(self) -> tuple[str, ...]:  # type: ignore[override]
         """What the network embeds by itself, was given as an extra input, or reads by an adapter."""
         added = (name for part in getattr(self.network, "adapters", {}).values() for name in part.scalar_inputs)
-        own = getattr(self.network, "own_scalars", ())
-        return tuple(dict.fromkeys((*own, *getattr(self.network, "scalars", ()), *added)))
+        own = (*getattr(self.network, "own_scalars", ()), *getattr(self.network, "scalars", ()), *added)
+        return tuple(name for name in dict.fromkeys(own) if name != SECOND_TIME)
+
+    @property
+    def second_time(self) -> bool:
+        """Whether the network reads a second time."""
+        return getattr(self.network, "second_time", False)
+
+    def add_second_time(self, stride: bool = False) -> None:
+        """The network now reads a second time, at first without effect; nothing changes if it does already.
+
+        Args:
+            stride: whether it is given the difference of both times instead of the second.
+
+        Raises:
+            ValueError: a network that cannot take one, or has one that is embedded otherwise.
+        """
+        network: Any = self.network
+        if hasattr(network, "add_second_time"):
+            ends = torch.tensor([self.schedule.t_min, self.schedule.t_max], dtype=torch.float64)
+            network.add_second_time(*self.schedule.network_time(ends).tolist(), stride)
+        elif not self.second_time or stride:
+            what = "a stride" if self.second_time else "a second time"
+            raise ValueError(f"stride={stride}: {type(network).__name__} cannot be given {what}; use a network that can.")
 
     def coefficients(self, t: Time) -> tuple[Time, Time, Time]:
         """``(scale, skip, out)`` at ``t``, float64 ``(b,)``."""
@@ -168,6 +192,8 @@ class NetworkDenoiser(Denoiser):
     def raw(self, x: Sample, t: Time, cond: Cond, r: Time | None = None) -> Sample:
         """What the network itself predicts at ``x``, ``(b, *shape)``, in float32 or ``x``'s own wider type."""
         scale = self.coefficients(t)[0]
+        if r is None and self.second_time:
+            r = torch.full_like(t, self.schedule.t_min)
         r_time = None if r is None else self.schedule.network_time(r)
         with torch.autocast(x.device.type, enabled=False) if self.own_precision else contextlib.nullcontext():
             value = self.network(_times(scale, x), self.schedule.network_time(t), cond, r_time)

@@ -5,15 +5,17 @@ from distill.adapters.base import Adapter, AttachedAdapter, adapter_of, find_mod
 from distill.adapters.guide_network import GuideNetwork
 from distill.adapters.negative_prompt import NegativePrompt
 from distill.adapters.removal import refuse_adapters, remove_hooks, remove_lora
-from distill.adapters.scalar_input import ScalarInput, sinusoid
+from distill.adapters.scalar_input import SECOND_TIME, ScalarInput, SecondTime, sinusoid
 
 __all__ = [
+    "SECOND_TIME",
     "Adapter",
     "AttachedAdapter",
     "AttentionGuidance",
     "GuideNetwork",
     "NegativePrompt",
     "ScalarInput",
+    "SecondTime",
     "adapter_of",
     "find_modules",
     "refuse_adapters",

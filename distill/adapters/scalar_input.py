@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from distill.types import Time
 
+SECOND_TIME = "r"
+"""The name of the scalar input that is not a condition, but the second time of a call."""
+
 
 def sinusoid(value: Time, dimension: int) -> Tensor:
     """Sines then cosines of ``value`` ``(b,)`` at frequencies ``10000^(-j / (dimension/2 - 1))``: ``(b, dimension)``."""
@@ -50,3 +53,33 @@ class ScalarInput(nn.Module):
             raise ValueError("The network has an extra scalar input and was called without a value for it.")
         own = self.projection(sinusoid(1000 * (self.value - self.origin), self.dimension).to(self.projection.weight.dtype))
         return (inputs[0] + own.to(inputs[0].dtype), *inputs[1:])
+
+
+class SecondTime(ScalarInput):
+    """The time at which a jump ends, in the embedding of the time at which it starts; without effect at first.
+
+    What is embedded is ``u_r`` or ``u_t - u_r`` (a stride), with u the share of the way from the schedule's least network time
+    to its greatest: the ``1000 s`` and ``1000 (t - s)`` of inductive moment matching (Zhou et al. 2503.07565) where network
+    times are 0 to 1000, and numbers of that size for EDM's ``ln(sigma) / 4``, whose own are not.
+
+    Attributes:
+        combination: ``(3,)``; the value is ``combination . (time, r, 1)``. Saved with the weights, so that whoever loads them
+            embeds what they were trained on.
+    """
+
+    combination: Tensor
+
+    def __init__(self, embedding: nn.Module, width: int):
+        super().__init__(embedding, width)
+        self.register_buffer("combination", torch.tensor([0.0, 1.0, 0.0]))
+
+    def describe(self, low: float, high: float, stride: bool) -> None:
+        """Says what the network times ``low < high`` at the ends of the schedule are, and whether a stride is embedded."""
+        span = high - low
+        values = [1 / span, -1 / span, 0.0] if stride else [0.0, 1 / span, -low / span]
+        self.combination.copy_(torch.tensor(values))
+
+    def read(self, time: Time, r: Time) -> None:
+        """Takes the network times ``(b,)`` of the next call."""
+        of_time, of_r, constant = self.combination.unbind()
+        self.value = of_time * time + of_r * r + constant

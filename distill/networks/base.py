@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from distill.adapters import Adapter, AttachedAdapter, ScalarInput, remove_hooks, remove_lora, required
+from distill.adapters import SECOND_TIME, Adapter, AttachedAdapter, ScalarInput, SecondTime, remove_hooks, remove_lora, required
 from distill.networks.bottleneck import Bottleneck, Layer
 from distill.types import Cond, Sample, Time
 
@@ -42,7 +42,7 @@ class Network(nn.Module, ABC):
         """Raw prediction ``(b, c, h, w)`` at network times ``(b,)``; ``r`` is the second time of networks that have one.
 
         Raises:
-            ValueError: a second time or no value for a scalar input; names it.
+            ValueError: a second time for a network without one or none for one with; no value for a scalar input. Names it.
             KeyError: a condition that the network reads is not in ``cond``.
         """
 
@@ -66,14 +66,55 @@ class Network(nn.Module, ABC):
         if name in self.scalars or name in self.own_scalars:
             return
         embedding, width = self.time_embedding()
-        scalar = ScalarInput(embedding, width, SCALAR_ORIGINS.get(name, 0.0))
+        if name == SECOND_TIME:
+            scalar: ScalarInput = SecondTime(embedding, width)
+        else:
+            scalar = ScalarInput(embedding, width, SCALAR_ORIGINS.get(name, 0.0))
         # Its weights stay in float32, whatever the model's are: they start at zero and are to be trained.
         self.scalars[name] = scalar.to(next(embedding.parameters()).device)
 
     def read_scalars(self, cond: Cond) -> None:
         """Hands each scalar input its value. Raises ValueError for one that is not in ``cond``."""
         for name, scalar in self.scalars.items():
-            scalar.value = required(cond, name)
+            if name != SECOND_TIME:
+                scalar.value = required(cond, name)
+
+    @property
+    def second_time(self) -> bool:
+        """Whether it was given a second time input, without which no call of it is complete."""
+        return SECOND_TIME in self.scalars
+
+    def add_second_time(self, low: float, high: float, stride: bool = False) -> None:
+        """The network now also reads ``r``, at first without effect; see `SecondTime`.
+
+        Args:
+            low, high: network times at the ends of the schedule, ``low < high``.
+            stride: whether the difference of both times is embedded instead of the second.
+
+        Raises:
+            ValueError: it has a second time that is embedded otherwise.
+        """
+        had = self.second_time
+        self.add_scalar_input(SECOND_TIME)
+        scalar: Any = self.scalars[SECOND_TIME]
+        before = scalar.combination.clone()
+        scalar.describe(low, high, stride)
+        if had and not torch.equal(before, scalar.combination):
+            asked = scalar.combination.tolist()
+            scalar.combination.copy_(before)
+            raise ValueError(
+                f"stride={stride}: the network was trained on a second time that is embedded otherwise, as {before.tolist()} "
+                f"times (t, r, 1) instead of {asked}; give what it was trained with, or a new network."
+            )
+
+    def read_second_time(self, time: Time, r: Time | None) -> None:
+        """Hands the second time input its value. Raises ValueError if there is only one of the two."""
+        if self.second_time and r is not None:
+            scalar: Any = self.scalars[SECOND_TIME]
+            scalar.read(time, r)
+        elif self.second_time or r is not None:
+            found = "a second time input, and was called without one" if self.second_time else "no second time input"
+            raise ValueError(f"{getattr(self, 'model_class', type(self).__name__)} has {found}.")
 
 
 def inner_models(module: nn.Module) -> list[nn.Module]:
@@ -169,8 +210,7 @@ class DiffusersNetwork(Network):
         return value.to(self.dtype) if value.is_floating_point() else value
 
     def forward(self, x: Sample, time: Time, cond: Cond, r: Time | None = None) -> Sample:
-        if r is not None:
-            raise ValueError(f"{self.model_class} has no second time input.")
+        self.read_second_time(time, r)
         self.read_scalars(cond)
         for adapter in self.attached():
             adapter.read(x, time, cond)

@@ -65,7 +65,6 @@ class EDM(Network):
         return edm_bottleneck(self.model, self.native_shape, layer)
 
     def forward(self, x: Sample, time: Time, cond: Cond, r: Time | None = None) -> Sample:
-        if r is not None:
-            raise ValueError("EDM has no second time input.")
+        self.read_second_time(time, r)
         self.read_scalars(cond)
         return self.model(x.to(self.model.stem.weight.dtype), time, None if self.num_classes is None else cond["labels"])

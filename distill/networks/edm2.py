@@ -70,8 +70,7 @@ class EDM2(Network):
         return edm_bottleneck(self.model, self.native_shape, layer)
 
     def forward(self, x: Sample, time: Time, cond: Cond, r: Time | None = None) -> Sample:
-        if r is not None:
-            raise ValueError("EDM2 has no second time input.")
+        self.read_second_time(time, r)
         if self.training and torch.is_grad_enabled():
             self.model.normalize_weights()
         self.read_scalars(cond)
