@@ -50,6 +50,20 @@ class DiscreteGrid(Grid):
         return torch.round(torch.arange(count, 0, -1, dtype=torch.float64) * steps / count) - 1
 
 
+class LeadingGrid(Grid):
+    """DDIM's first indices of a DDPM schedule, ``i floor(num_steps / count)``: 800, 600, ..., 0 for 5 (Song et al. 2010.02502).
+
+    The paper's own choice, which MMD-DDM keeps. A departure from what a `Grid` promises: the first point lies below ``t_max``,
+    and is given unit noise all the same.
+    """
+
+    def times(self, schedule: NoiseSchedule, count: int) -> Time:
+        steps = int(schedule.t_max) + 1
+        if not 1 <= count <= steps:
+            raise ValueError(f"count={count}: {schedule} has {steps} times; give 1 to as many.")
+        return torch.arange(count - 1, -1, -1, dtype=torch.float64) * (steps // count)
+
+
 class KarrasGrid(Grid):
     """EDM's grid: ``sigma^(1/rho)`` in equal steps from ``sigma_max`` to ``sigma_min`` (Karras et al. 2206.00364, eq. 5).
 

@@ -11,6 +11,7 @@ import tiny_text
 import torch
 from families import FAMILIES
 
+from distill.classifier import ConvClassifier
 from distill.denoiser import NetworkDenoiser
 from distill.edm_checkpoints import save_edm
 from distill.networks.edm import EDM
@@ -56,6 +57,7 @@ WRITERS = {
     "captions": tiny_captions.write_captions,
     "edm_cifar10": write_edm,
     "edm_imagenet64": partial(write_edm, num_classes=10),
+    "classifier": ConvClassifier(3, 8, 10, (4, 8), 16).save,
 }
 
 

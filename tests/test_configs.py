@@ -22,6 +22,7 @@ from script import load_script
 from standins import write_standins
 
 from distill.checkpoints import read_checkpoint
+from distill.classifier import ConvClassifier
 from distill.cli import load_run, main
 from distill.denoiser import NetworkDenoiser
 from distill.metrics.features import to_uint8
@@ -42,11 +43,12 @@ QUICK = ["--data.init_args.batch_size=8", *QUIET]
 
 
 def write_digits_teachers() -> None:
-    """Untrained networks of the right kind where the digits recipes find their teachers."""
+    """Untrained networks of the right kind where the digits recipes find their teachers, and the classifier."""
     torch.manual_seed(0)
     network = UNet2D(num_classes=10, channels=(32, 64), layers_per_block=1)
     for name in ("teacher", "reflow"):
         save_denoiser(NetworkDenoiser(network, RectifiedFlow(), "flow"), f"runs/digits/{name}/export")
+    ConvClassifier().save("runs/digits/classifier/export")
 
 
 @pytest.fixture

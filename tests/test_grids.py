@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from oracle import SCHEDULES
 from scipy import stats
 
-from distill.grids import ConstantPoints, DiscreteGrid, DoublingPoints, GridTimes, KarrasGrid, SquareRootPoints, UniformGrid
+from distill.grids import (
+    ConstantPoints,
+    DiscreteGrid,
+    DoublingPoints,
+    GridTimes,
+    KarrasGrid,
+    LeadingGrid,
+    SquareRootPoints,
+    UniformGrid,
+)
 from distill.schedules import RectifiedFlow, VarianceExploding, VariancePreserving
 
 VE, RF, VP = VarianceExploding(), RectifiedFlow(), VariancePreserving()
@@ -19,6 +29,18 @@ def test_ddim_grid_of_latent_consistency():
     assert DiscreteGrid().times(VP, 50).tolist() == list(range(999, 0, -20))
     assert DiscreteGrid().times(VP, 3).tolist() == [999.0, 666.0, 332.0]
     assert DiscreteGrid().nodes(VP, 50).tolist() == [*range(999, 0, -20), 0]
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 50, 1000])
+def test_leading_grid_is_the_leading_spacing_of_diffusers(count):
+    scheduler = DDIMScheduler(num_train_timesteps=1000, timestep_spacing="leading")
+    scheduler.set_timesteps(count)
+    assert LeadingGrid().times(VP, count).tolist() == scheduler.timesteps.tolist()
+
+
+def test_leading_grid_has_no_more_points_than_the_schedule():
+    with pytest.raises(ValueError, match="give 1 to as many"):
+        LeadingGrid().times(VP, 1001)
 
 
 def test_karras_grid_is_the_formula_with_exact_ends():
