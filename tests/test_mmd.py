@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -16,6 +13,7 @@ from helpers import SHAPE, batch_of, energy_distance, everything, fit, gaussian,
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from two_ranks import found_by_two_ranks
 
 from distill.chain import CheckpointedDenoiser
 from distill.codecs import Codec
@@ -293,31 +291,10 @@ def trained(batches: list[Batch], matching: Any, **settings: Any) -> dict[str, T
 MATCHINGS = ("all", "joint", "class")
 
 
-def start(rank: int, port: int, folder: Path) -> subprocess.Popen:
-    """One of two processes: this file as a program."""
-    names = {"MASTER_PORT": port, "WORLD_SIZE": 2, "NODE_RANK": 0, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1"} | {key: str(value) for key, value in names.items()}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    words = [sys.executable, __file__, str(rank), str(folder)]
-    return subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of two ranks found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [start(rank, port, folder) for rank in (0, 1)]
-    try:
-        for process in processes:
-            output = process.communicate(timeout=200)[0]
-            assert process.returncode == 0, output[-4000:]
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    return found_by_two_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("matching", MATCHINGS)
