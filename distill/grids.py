@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from distill.schedules import NoiseSchedule
+from distill.schedules import NoiseSchedule, VariancePreserving
 from distill.times import TimeDistribution, check_positive
 from distill.types import Time
 
@@ -55,13 +55,17 @@ class LeadingGrid(Grid):
 
     The paper's own choice, which MMD-DDM keeps. A departure from what a `Grid` promises: the first point lies below ``t_max``,
     and is given unit noise all the same.
+
+    Raises:
+        ValueError: at `times`, a schedule without indices, or a single step, which would be called at 0 with nothing but noise.
     """
 
     def times(self, schedule: NoiseSchedule, count: int) -> Time:
-        steps = int(schedule.t_max) + 1
-        if not 1 <= count <= steps:
-            raise ValueError(f"count={count}: {schedule} has {steps} times; give 1 to as many.")
-        return torch.arange(count - 1, -1, -1, dtype=torch.float64) * (steps // count)
+        if not isinstance(schedule, VariancePreserving):
+            raise ValueError(f"LeadingGrid: {schedule} is no DDPM schedule, whose indices it counts; give UniformGrid.")
+        if not 2 <= count <= schedule.num_steps:
+            raise ValueError(f"{count} steps of LeadingGrid: give 2 to {schedule.num_steps}; for one step, DiscreteGrid.")
+        return torch.arange(count - 1, -1, -1, dtype=torch.float64) * (schedule.num_steps // count)
 
 
 class KarrasGrid(Grid):

@@ -141,6 +141,12 @@ class CutGrid(Grid):
         """``count`` times ``(count,)``, float64. Raises ValueError for a first one that is not of the schedule."""
         if not schedule.t_min < self.high <= schedule.t_max:
             raise ValueError(f"high={self.high}: give a time of {schedule}, at most {schedule.t_max}.")
+        start = float(schedule.sigma(torch.tensor(self.high, dtype=torch.float64)))
+        if abs(schedule.prior_scale / start - 1) > 0.02:
+            raise ValueError(
+                f"high={self.high}: sampling starts from noise of deviation {schedule.prior_scale:.4g}, that of {schedule} "
+                f"there is {start:.4g}; give a time nearer to {schedule.t_max}."
+            )
         if count in self.given:
             return torch.tensor(self.given[count], dtype=torch.float64)
         ways: Tensor = torch.linspace(self.high, schedule.t_min, count + 1, dtype=torch.float64)

@@ -137,6 +137,7 @@ def squared_mmd(
     y_labels: Int[Tensor, " m"] | None = None,
     matching: Matching = "all",
     chunk: int | None = None,
+    paired: bool = False,
 ) -> Float64[Tensor, ""]:
     """The squared MMD of two sets, whose sizes may differ, in float64 and differentiable in both.
 
@@ -157,23 +158,29 @@ def squared_mmd(
             which both sets have at least 2 (1), or 0.
         chunk: rows that are compared at a time, and compared again in the backward pass: of the ``n m`` values of the kernel
             only ``chunk m`` ever exist. None: all at once.
+        paired: whether ``x_i`` and ``y_i`` are not independent, as a sample made for an image's label and that image, which
+            have the same label. The unbiased estimate then leaves ``i = j`` out of the last sum too, divided by ``n (n-1)``;
+            counted, these pairs would draw samples of many classes together, whatever their law.
 
     Raises:
-        ValueError: a set too small, labels that ``matching`` lacks, or a chunk below 1.
+        ValueError: a set too small, sets of two sizes that are paired, labels that ``matching`` lacks, or a chunk below 1.
     """
     if min(len(x), len(y)) < 1 + unbiased:
         raise ValueError(f"an MMD of {len(x)} and {len(y)} samples: give {1 + unbiased} or more of each (a larger batch).")
+    if paired and len(x) != len(y):
+        raise ValueError(f"paired=True, of {len(x)} and {len(y)} samples: give as many of each, in the same order.")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk}: give the number of rows compared at a time, at least 1, or null for all.")
     x_classes, y_classes = _classes(x, x_labels, matching), _classes(y, y_labels, matching)
     # laws with their labels are compared as one group of all samples, in which pairs of two classes count 0
     x_groups, y_groups = (side if matching == "class" else torch.zeros_like(side) for side in (x_classes, y_classes))
-    within_x, within_y, across = _row_weights(x_groups, y_groups, int(unbiased))
+    apart = unbiased and paired
+    within_x, within_y, across = _row_weights(x_groups, y_groups, int(unbiased), int(apart))
     x_side, y_side = (x.double(), x_classes), (y.double(), y_classes)
     return (
         _weighted_sum(kernel, x_side, x_side, within_x, unbiased, chunk)
         + _weighted_sum(kernel, y_side, y_side, within_y, unbiased, chunk)
-        - 2 * _weighted_sum(kernel, x_side, y_side, across, False, chunk)
+        - 2 * _weighted_sum(kernel, x_side, y_side, across, apart, chunk)
     )
 
 
@@ -186,22 +193,22 @@ def _classes(samples: Tensor, labels: Tensor | None, matching: Matching) -> Tens
     return labels
 
 
-def _row_weights(x_groups: Tensor, y_groups: Tensor, unbiased: int) -> tuple[Tensor, Tensor, Tensor]:
+def _row_weights(x_groups: Tensor, y_groups: Tensor, unbiased: int, apart: int) -> tuple[Tensor, Tensor, Tensor]:
     """What the rows of the sums over (x, x), (y, y) and (x, y) are multiplied with, for the mean over the groups.
 
     Nothing is read back from the device: each row has the size of its group, and the groups are counted by their rows' shares.
     """
-    within_x, across, number = _side_weights(x_groups, y_groups, unbiased)
-    within_y, _, _ = _side_weights(y_groups, x_groups, unbiased)
+    within_x, across, number = _side_weights(x_groups, y_groups, unbiased, apart)
+    within_y, _, _ = _side_weights(y_groups, x_groups, unbiased, apart)
     number = number.round().clamp(min=1)
     return within_x / number, within_y / number, across / number
 
 
-def _side_weights(own: Tensor, other: Tensor, unbiased: int) -> tuple[Tensor, Tensor, Tensor]:
+def _side_weights(own: Tensor, other: Tensor, unbiased: int, apart: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of the rows of one side: 1 over the pairs within their group, 1 over those across; and the number of groups in use."""
     n, m = _group_sizes(own, own), _group_sizes(own, other)
     used = torch.minimum(n, m) >= 1 + unbiased
-    return used / (n * (n - unbiased)).clamp(min=1), used / (n * m).clamp(min=1), (used / n).sum()
+    return used / (n * (n - unbiased)).clamp(min=1), used / (n * (m - apart)).clamp(min=1), (used / n).sum()
 
 
 def _group_sizes(own: Tensor, among: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ class Sampler(ABC):
 
 
 def _all(time: Tensor, x: Sample) -> Time:
-    """A scalar time for the whole batch. (``repeat``, not ``expand``: an expanded time breaks forward-mode differentiation.)"""
-    return time.to(x).repeat(len(x))
+    """A scalar time of the CPU for the whole batch, filled in on the device: copied to it, the device would be waited for."""
+    return x.new_full((len(x),), float(time))
 
 
 def _check_steps(steps: int) -> None:

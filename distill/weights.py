@@ -115,7 +115,9 @@ class SigmoidWeight(Weight):
     """``1/2 sigmoid(b - lambda) (-dlambda/dt) alpha^a / (alpha^2 + sigma^2)``, ``lambda = ln(alpha^2 / sigma^2)``.
 
     Of inductive moment matching (Zhou et al. 2503.07565, section 4.3), whose sigma multiplies noise of standard deviation
-    ``sigma_data``. Written without the quotients that are infinite at the ends, where the weight is finite (for a >= 1).
+    ``sigma_data``. alpha and sigma are first scaled to ``alpha + sigma / sigma_data = 1``, the paper's flow, so that a schedule
+    of the same noise-to-signal ratios has the same weight. Written without the quotients that are infinite at the ends, where
+    the weight is finite (for a >= 1).
 
     Args:
         a: 2 on ImageNet in the paper, 1 on CIFAR-10.
@@ -132,5 +134,5 @@ class SigmoidWeight(Weight):
         alpha, sigma = schedule.alpha(wide), schedule.sigma(wide) / self.sigma_data
         d_alpha, d_sigma = schedule.derivatives(wide)
         growth = d_sigma / self.sigma_data * alpha - d_alpha * sigma  # -dlambda/dt is twice this over alpha sigma
-        shares = (sigma**2 + math.exp(-self.b) * alpha**2) * (alpha**2 + sigma**2)
+        shares = (sigma**2 + math.exp(-self.b) * alpha**2) * (alpha**2 + sigma**2) * (alpha + sigma) ** (self.a - 2)
         return (sigma * growth * alpha ** (self.a - 1) / shares).to(t.dtype)

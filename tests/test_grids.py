@@ -31,16 +31,17 @@ def test_ddim_grid_of_latent_consistency():
     assert DiscreteGrid().nodes(VP, 50).tolist() == [*range(999, 0, -20), 0]
 
 
-@pytest.mark.parametrize("count", [1, 3, 5, 50, 1000])
+@pytest.mark.parametrize("count", [2, 3, 5, 50, 1000])
 def test_leading_grid_is_the_leading_spacing_of_diffusers(count):
     scheduler = DDIMScheduler(num_train_timesteps=1000, timestep_spacing="leading")
     scheduler.set_timesteps(count)
     assert LeadingGrid().times(VP, count).tolist() == scheduler.timesteps.tolist()
 
 
-def test_leading_grid_has_no_more_points_than_the_schedule():
-    with pytest.raises(ValueError, match="give 1 to as many"):
-        LeadingGrid().times(VP, 1001)
+@pytest.mark.parametrize("schedule, count, match", [(VP, 1001, "2 to 1000"), (VP, 1, "DiscreteGrid"), (RF, 2, "no DDPM")])
+def test_leading_grid_refuses_what_it_cannot_count(schedule, count, match):
+    with pytest.raises(ValueError, match=match):
+        LeadingGrid().times(schedule, count)
 
 
 def test_karras_grid_is_the_formula_with_exact_ends():

@@ -114,6 +114,13 @@ def test_the_weight_is_the_papers_on_its_flow(a, b):
     assert ends[0] == 0 and ends.isfinite().all()
 
 
+@pytest.mark.parametrize(("a", "b"), [(2.0, 4.0), (1.0, 5.0)])
+def test_the_weight_is_the_same_on_a_flow_of_equal_ratios(a, b):
+    """With noise of deviation 0.5, the paper's x_t is that of the flow of shift 0.5 up to a scale."""
+    t = torch.linspace(0.01, 0.99, 25, dtype=torch.float64)
+    torch.testing.assert_close(SigmoidWeight(a, b, 0.5)(RectifiedFlow(0.5), t, t), SigmoidWeight(a, b)(RectifiedFlow(), t, t))
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_weight_on_every_schedule_by_differences_of_the_ratio(name):
     """sigma multiplies noise of deviation sigma_data: 0.5 has twice the paper's sigma."""

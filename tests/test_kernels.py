@@ -172,6 +172,38 @@ def test_unbiased_estimates_of_equal_laws_have_mean_zero(name, matching):
     assert float(estimates.min()) < 0
 
 
+def estimates_of_paired_laws(matching: str, paired: bool, draws: int = 300) -> Tensor:
+    """Of 8 samples and as many images of the same three classes, row for row: one law, but a row's two share their class."""
+    labels = torch.randint(3, (draws, 8), generator=torch.Generator().manual_seed(7))
+    x, y = (2.0 * labels[..., None] + normal(draws, 8, 2, seed=seed) for seed in (1, 2))
+    kernel = RadialKernel([2.0])
+    rows = zip(x, y, labels, strict=True)
+    return torch.stack([squared_mmd(a, b, kernel, True, c, c, matching, paired=paired) for a, b, c in rows])
+
+
+@pytest.mark.parametrize("matching", ["all", "joint", "class"])
+def test_unbiased_estimates_of_rows_that_share_a_label_have_mean_zero_if_they_are_said_to_be_paired(matching):
+    """The pairs i = j of a sample and its image always agree in class: counted, they would draw the samples together."""
+    means = {}
+    for paired in (True, False):
+        estimates = estimates_of_paired_laws(matching, paired)
+        means[paired] = float(estimates.mean()) / float(estimates.std()) * 300**0.5
+    assert abs(means[True]) < 4
+    # within a class its samples and images are independent, tied labels or not
+    assert abs(means[False]) < 4 if matching == "class" else means[False] < -10
+
+
+def test_paired_estimates_are_the_same_by_chunks_and_need_equal_sizes():
+    x, y = normal(9, 3), normal(9, 3, seed=1)
+    labels = torch.arange(9) % 3
+    whole, parts = (squared_mmd(x, y, KERNELS["cubic"], True, labels, labels, "joint", chunk, True) for chunk in (None, 4))
+    assert float(whole) == pytest.approx(float(parts), rel=1e-12)
+    alike = squared_mmd(x, y, KERNELS["cubic"], False, paired=True)
+    assert float(alike) == pytest.approx(float(squared_mmd(x, y, KERNELS["cubic"], False)), rel=1e-12)
+    with pytest.raises(ValueError, match="paired=True, of 9 and 8"):
+        squared_mmd(x, y[:8], KERNELS["cubic"], paired=True)
+
+
 def test_biased_estimates_of_equal_laws_are_above_zero():
     estimates = estimates_of_equal_laws("cubic", "all", False)
     assert float(estimates.mean()) > 15 * float(estimates.std()) / 150**0.5 and float(estimates.min()) > 0

@@ -9,7 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SHAPE, batch_of, energy_distance, everything, fit, gaussian, joined, of_part, same, small, two_classes
+from families import FAMILIES
+from helpers import (
+    SHAPE,
+    batch_of,
+    closest,
+    energy_distance,
+    everything,
+    fit,
+    gaussian,
+    joined,
+    of_part,
+    same,
+    small,
+    two_classes,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,15 +31,17 @@ from two_ranks import found_by_two_ranks
 
 from distill.chain import CheckpointedDenoiser
 from distill.codecs import Codec
-from distill.denoiser import Denoiser
+from distill.denoiser import Denoiser, NetworkDenoiser
 from distill.evaluation import Evaluation
 from distill.few_step import FewStepSampler
 from distill.grids import UniformGrid
 from distill.guidance import AdaptiveProjectedGuidance, ClassifierFreeGuidance, TimeStepGuidance
 from distill.image_features import ImageFeatures
+from distill.jump_times import CutGrid
 from distill.kernels import Kernel, PolynomialKernel, RadialKernel, squared_mmd
 from distill.methods.mmd import MMDFinetuning
 from distill.metrics import DigitsAccuracy, FrechetDistance
+from distill.networks.dit import DiT
 from distill.noise import SeededNoise
 from distill.optimization import Optimization
 from distill.samplers import JumpSampler, OdeSampler
@@ -259,6 +275,27 @@ def test_rules_that_hook_the_network_during_a_call_are_refused_around_a_checkpoi
         method.losses(batch_of(0))
 
 
+def test_blocks_alone_are_not_checkpointed_where_the_network_keeps_what_a_call_was_given():
+    """DiT embeds times in each block: made again after the last call, the blocks of the first would read its second time."""
+
+    def student() -> NetworkDenoiser:
+        wrapped = NetworkDenoiser(DiT.of(FAMILIES["dit"].model()), RectifiedFlow())
+        wrapped.add_second_time()
+        torch.manual_seed(0)
+        nn.init.normal_(wrapped.network.scalars["r"].projection.weight, std=0.3)
+        return wrapped
+
+    settings: dict[str, Any] = dict(sampler=JumpSampler(CutGrid(0.994)), kernel=RadialKernel([20.0]))
+    noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    batch = Batch(noise, {"labels": torch.arange(4)}, {"labels": torch.full((4,), 10)})
+    plain = gradients(mmd(student(), **settings), batch)
+    settings["optimization"] = Optimization(gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="set model.checkpointing=true"):
+        mmd(student(), **settings)
+    both = gradients(mmd(student(), checkpointing=True, **settings), batch)
+    assert closest(dict(enumerate(plain)), dict(enumerate(both))) < 1e-5 < max(float(each.abs().max()) for each in plain)
+
+
 def test_a_checkpointed_denoiser_describes_itself_as_the_one_inside():
     inner = two_classes()
     wrapped = CheckpointedDenoiser(inner)
@@ -334,7 +371,7 @@ class PixelTwin(Flat):
     ("settings", "words"),
     [
         (dict(features=[]), ["features=[]", "at least one"]),
-        (dict(features=[Flat(), Flat()]), ["features=['flat', 'flat']", "once"]),
+        (dict(features=[Flat(), Flat()]), ["features=['flat', 'flat']", "one network of each kind"]),
         (dict(feature_weights=[1.0, 2.0]), ["feature_weights=[1.0, 2.0]", "['flat']"]),
         (dict(feature_weights=[0.0]), ["feature_weights=[0.0]", "positive"]),
         (dict(student=None), ["model.teacher and model.student"]),

@@ -342,9 +342,9 @@ def test_checkpointed_activations_are_computed_again_at_the_stride_of_a():
 
 
 def test_the_sampler_starts_where_training_does_unless_another_is_given():
-    method = matching(UniformJumps(high=0.9), Decrement())
-    method.evaluation = Evaluation()
-    assert method.student_sampler.grid.starts(RectifiedFlow(), 2).tolist() == [0.9, 0.45]
+    student = small(num_classes=2, second_time=True)
+    method = MomentMatching(UniformJumps(high=0.994), Optimization(), Evaluation(), student)
+    assert method.student_sampler.grid.starts(RectifiedFlow(), 2).tolist() == [0.994, 0.497]
 
 
 @pytest.mark.parametrize(
@@ -354,14 +354,16 @@ def test_the_sampler_starts_where_training_does_unless_another_is_given():
         (dict(student=None), "student and model.teacher are both missing"),
         (dict(lora=LoRA()), "model.student and model.lora=.* are both set"),
         (dict(null_probability=1.0), "null_probability=1.0: give a share"),
+        (dict(times=UniformJumps(high=0.9)), "high=0.9: sampling starts from noise of deviation 1, that of .* is 0.9"),
+        (dict(evaluation=Evaluation(OdeSampler(Euler(), UniformGrid()))), "OdeSampler takes jumps to the end for a velocity"),
         (dict(times=UniformJumps()), "high=1.0 of RectifiedFlow.*noise without signal"),
         (dict(student=small(num_classes=2)), "SmallNetwork cannot be given a second time"),
     ],
 )
 def test_bad_settings_are_named(settings, words):
-    parts = {"times": UniformJumps(high=0.9), "student": small(num_classes=2, second_time=True), **settings}
+    parts = {"times": UniformJumps(high=0.994), "student": small(num_classes=2, second_time=True), **settings}
     with pytest.raises(ValueError, match=words):
-        MomentMatching(optimization=Optimization(), evaluation=Evaluation(), **parts)
+        MomentMatching(**{"optimization": Optimization(), "evaluation": Evaluation(), **parts})
 
 
 def test_batches_that_are_not_made_of_groups_are_named():

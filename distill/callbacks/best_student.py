@@ -67,12 +67,14 @@ class BestStudent(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         trainer.strategy.barrier("best student")  # rank zero may still be writing it
-        path = find_checkpoint(Path(trainer.default_root_dir), "best")
+        kept = self.run_checkpoint(trainer)
+        # A file of an earlier run in the folder is not this run's: its figure is not in this run's state.
+        path = None if kept.best is None else find_checkpoint(Path(trainer.default_root_dir), "best")
         if path is None:
             rank_zero_info(f"no student was measured by val/{self.metric}: the last one is kept")
             return
         method: Any = pl_module
         best = read_checkpoint(path)
         method.load_state_dict(best["state_dict"], strict=True)
-        figure = best["callbacks"][self.run_checkpoint(trainer).state_key]["best"]
+        figure = best["callbacks"][kept.state_key]["best"]
         rank_zero_info(f"best student: step {best['global_step']}, val/{self.metric} {figure:.4f}, of {path}")

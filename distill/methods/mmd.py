@@ -82,7 +82,13 @@ class MMDFinetuning(Method):
         if evaluation.metrics:
             check_independent(evaluation.metrics, features)
         steps = _checked_steps(sampler, steps, evaluation)
-        super().__init__(_start(teacher, student, lora), teacher, guidance, optimization, evaluation, space)
+        start = _start(teacher, student, lora)
+        if optimization.gradient_checkpointing and not checkpointing and steps > 1 and _keeps_calls(start):
+            raise ValueError(
+                "optimization.gradient_checkpointing=true with a student that keeps what a call was given (a second time, "
+                "adapters): its blocks would be computed again with that of the last call; set model.checkpointing=true."
+            )
+        super().__init__(start, teacher, guidance, optimization, evaluation, space)
         # Frozen: feature networks are neither trained nor saved.
         self._features = Frozen(nn.ModuleList(features))
         self.feature_weights, self.kernel, self.matching = weights, kernel or PolynomialKernel(), matching
@@ -128,10 +134,11 @@ class MMDFinetuning(Method):
     def discrepancy(self, extract: ImageFeatures, samples: Tensor, batch: Batch) -> Tensor:
         """``MMD^2`` of the features of all ranks' samples and images, a scalar; gradient through the samples alone."""
         labels = None if self.matching == "all" else gather(batch.cond["labels"])
+        paired = bool(batch.cond)  # a sample is made for the conditions of an image
         with torch.no_grad():
             real = gather(extract(batch.x0))
         fake = gather(extract(samples))
-        return squared_mmd(fake, real, self.kernel, self.unbiased, labels, labels, self.matching, self.chunk)
+        return squared_mmd(fake, real, self.kernel, self.unbiased, labels, labels, self.matching, self.chunk, paired)
 
     def unit_noise(self, batch: Batch) -> Sample:
         """What the chain starts from, fresh for each batch."""
@@ -159,6 +166,12 @@ class MMDFinetuning(Method):
         return guided(generator, cond, null, guidance, self.guidance)
 
 
+def _keeps_calls(student: Denoiser) -> bool:
+    """Whether its network holds values of a call that differ between the calls of a chain."""
+    network: Any = getattr(student, "network", None)
+    return bool(getattr(network, "second_time", False) or getattr(network, "adapters", ()))
+
+
 def _start(teacher: Denoiser | None, student: Denoiser | None, lora: LoRA | None) -> Denoiser:
     """The student at first."""
     if student is not None and lora is not None:
@@ -176,7 +189,7 @@ def _checked_weights(features: list[ImageFeatures], weights: list[float] | None)
         raise ValueError("features=[]: give at least one network whose features are matched.")
     names = [extract.name for extract in features]
     if len(set(names)) < len(names):
-        raise ValueError(f"features={names}: give each once; feature_weights says how much it counts.")
+        raise ValueError(f"features={names}: give one network of each kind; feature_weights says how much it counts.")
     values = [1.0] * len(features) if weights is None else weights
     if len(values) != len(features) or not all(0 < value < math.inf for value in values):
         raise ValueError(f"feature_weights={weights}: give a positive number for each of the features {names}, or null.")

@@ -31,7 +31,7 @@ from distill.kernels import DistanceKernel, LaplaceKernel
 from distill.lora import LoRA, start_student
 from distill.methods.base import Method
 from distill.optimization import Optimization
-from distill.samplers import JumpSampler, Sampler
+from distill.samplers import JumpSampler, OdeSampler, Sampler
 from distill.space import ModelSpace
 from distill.types import Batch, DataSpec, Losses, Sample, Time
 from distill.weights import SigmoidWeight, Weight
@@ -60,7 +60,8 @@ class MomentMatching(Method):
             pushforward sampler. `RenoiseSampler` is its restart sampler.
 
     Raises:
-        ValueError: neither student nor teacher, or a setting out of range; a network that cannot read a second time.
+        ValueError: neither student nor teacher, or a setting out of range; a network that cannot read a second time; a sampler
+            that follows velocities.
     """
 
     def __init__(
@@ -89,6 +90,11 @@ class MomentMatching(Method):
             if teacher is None:
                 raise ValueError("model.student and model.teacher are both missing: give one of them to start from.")
             student = start_student(teacher, lora)
+        if isinstance(evaluation.sampler, OdeSampler):
+            raise ValueError(
+                "evaluation.sampler=OdeSampler takes jumps to the end for a velocity: give JumpSampler (pushforward), or "
+                "RenoiseSampler (restart)."
+            )
         check_null_share(null_probability, student)
         ends = times.ends(student.schedule)
         if isinstance(student, NetworkDenoiser):
@@ -98,6 +104,8 @@ class MomentMatching(Method):
         self.times, self.mapping, self.particles = times, mapping or Decrement(), particles
         self.kernel, self.weight = kernel or LaplaceKernel(), weight or SigmoidWeight()
         self.null_probability, self.coupling = null_probability, coupling
+        if evaluation.sampler is None:
+            CutGrid(ends[1]).times(student.schedule, 1)  # refuses an end that sampling cannot start from
 
     @property
     def student_sampler(self) -> Sampler:
@@ -118,8 +126,6 @@ class MomentMatching(Method):
             self.seed_draws("network")
             x_r = schedule.add_noise(x0, eps, each_r)
             target = self.grouped(jump(self.student, x_r, each_r, each_s, cond))
-        # Weights that autocast has cast without a graph would be taken again, without one (pytorch #112583).
-        torch.clear_autocast_cache()
         self.seed_draws("network")
         made = self.grouped(jump(self.student, schedule.add_noise(x0, eps, each_t), each_t, each_s, cond))
         discrepancy = self.discrepancy(made, target, t, s)
