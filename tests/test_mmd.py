@@ -128,21 +128,28 @@ class torch_default:
 
 
 def test_the_loss_is_the_weighted_sum_over_features_of_decoded_samples():
-    """By hand, with a codec that has a gradient: samples are decoded, images are not encoded, latents are decoded."""
+    """By hand, with a codec that has a gradient: samples are decoded, images are not encoded, latents are decoded.
+
+    Samples made for the images' labels are paired with them; of a batch without conditions they are not.
+    """
     features, kernel = [Flat(), Flat("large", 3.0)], RadialKernel([1.0])
-    settings = dict(kernel=kernel, feature_weights=[1.0, 0.25], space=ModelSpace(Doubling()), unbiased=False)
+    settings = dict(kernel=kernel, feature_weights=[1.0, 0.25], space=ModelSpace(Doubling()))
     method = mmd(small(num_classes=2), 2, features, **settings)
     raw, noise = batch_of(0), batch_of(1).noise
     method.unit_noise = lambda batch: noise  # type: ignore[method-assign]
     found = method.losses(method.prepare(raw))
     pixels = 2 * EULER(method.student, noise, raw.cond, 2)
-    parts = [squared_mmd(k * pixels.flatten(1), k * raw.x0.flatten(1), kernel, unbiased=False) for k in (1.0, 3.0)]
+    rows = [(k * pixels.flatten(1), k * raw.x0.flatten(1)) for k in (1.0, 3.0)]
+    parts = [squared_mmd(fake, real, kernel, paired=True) for fake, real in rows]
     torch.testing.assert_close([found["mmd_flat"], found["mmd_large"]], parts)
     torch.testing.assert_close(found["loss"], parts[0] + 0.25 * parts[1])
     for one, other in zip(torch.autograd.grad(found["loss"], method.student.parameters()), gradients_of(parts, method)):
         torch.testing.assert_close(one, other)
     encoded = Batch(raw.x0 / 2, raw.cond, raw.null, encoded=True)
     torch.testing.assert_close(method.losses(method.prepare(encoded))["loss"], found["loss"])
+    free = method.discrepancy(features[0], pixels, Batch(raw.x0, {}, {}))
+    torch.testing.assert_close(free, squared_mmd(*rows[0], kernel))
+    assert abs(float(free - parts[0])) > 1e-6
 
 
 def gradients_of(parts: list[Tensor], method: MMDFinetuning) -> tuple[Tensor, ...]:
