@@ -7,7 +7,8 @@ The gradient passes feature network, decoder and all k denoiser calls. There is 
 student starts. A method's one-step student is finetuned alike, by its own sampler and ``steps=1``.
 
 Features of all ranks are compared together, as in the authors' code on several devices: the discrepancy is no mean of the
-ranks' own. Beyond the paper: labels may be matched too, several feature networks summed, and the student guided.
+ranks' own. Beyond the paper: labels may be matched too, several feature networks summed, and the student guided. A sample that
+is made for the conditions of an image is not independent of it: such pairs are left out of the unbiased estimate.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class MMDFinetuning(Method):
         steps: k, of the chain; None is the only one of ``evaluation.steps``.
         kernel: of the features; None is KID's cubic polynomial, that of the paper.
         feature_weights: w_f, in the order of ``features``; None is 1 for each.
-        matching: ``all`` compares the laws of images, ``joint`` those of images and labels together, ``class`` each class's.
+        matching: ``all`` compares the laws of images, ``joint`` those of images and labels together, ``class`` each class's:
+            a class with a single sample in the batch of all ranks then teaches nothing.
         unbiased: whether pairs of a sample with itself are left out.
         chunk: rows of a kernel matrix that are held at once; None for all.
         checkpointing: whether each denoiser call is made again in the backward pass instead of being kept: memory of one call,
