@@ -16,6 +16,8 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from jsonargparse._util import import_object
 
+LISTED = 40
+"""So many names are listed in full: all methods, for one, fit on a screen."""
 HELP = "--print_config shows every key, --print_config=comments also what it means"
 UNKNOWN_KEY = (r"[Oo]ption '([^']+)'", r"unrecognized arguments: (?:--)?([^=\s]+)", r"Unexpected keys?: (\S+)")
 UNKNOWN_CLASS = (
@@ -110,7 +112,7 @@ def _concrete(base: type) -> Iterator[type]:
 
 def _suggest(word: str, candidates: list[str]) -> str:
     near = [name for name in candidates if word and name.startswith(word)] or get_close_matches(word, candidates, 1)
-    known = f"known: {', '.join(candidates)}" if 0 < len(candidates) <= 20 else HELP
+    known = f"known: {', '.join(candidates)}" if 0 < len(candidates) <= LISTED else HELP
     return f"did you mean {near[0]}? ({known})" if near else known
 
 
