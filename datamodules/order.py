@@ -16,6 +16,8 @@ from pytorch_lightning import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from datamodules.workers import outlive_signals
+
 
 @lru_cache(maxsize=4)  # a pass is asked for batch by batch
 def permutation(size: int, seed: int, number: int) -> Tensor:
@@ -72,7 +74,8 @@ class OrderedLoader:
         # differ between a resumed run and an uninterrupted one.
         own = torch.Generator().manual_seed(0)
         batches: list = self.order()
-        yield from DataLoader(self.dataset, sampler=batches, batch_size=None, num_workers=self.num_workers, generator=own)
+        settings: dict[str, Any] = {"num_workers": self.num_workers, "worker_init_fn": outlive_signals}
+        yield from DataLoader(self.dataset, sampler=batches, batch_size=None, generator=own, **settings)
 
 
 class ResumableLoader(OrderedLoader):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -72,14 +73,26 @@ def _decoded(name: str, members: list[Any], damaged: Callable[[int, object], Val
         raise damaged(members.index(None), f"there is no {name}")
     decode = DECODERS[name.rpartition(".")[2]]
     try:
-        return decode(members)
+        values = decode(members)
     except ValueError as error:
+        alone = []
         for row, member in enumerate(members):
             try:
-                decode([member])
+                alone.append(decode([member]))
             except ValueError as reason:
                 raise damaged(row, f"{name}: {reason}") from reason
-        raise damaged(0, f"{name}: {error}") from error
+        raise damaged(_odd_one(alone), f"{name}: {error}") from error
+    if isinstance(values, numpy.ndarray) and values.dtype.kind == "f" and not numpy.isfinite(values).all():
+        finite = numpy.isfinite(values).reshape(len(values), -1).all(1)
+        raise damaged(int(finite.argmin()), f"{name}: not finite")
+    return values
+
+
+def _odd_one(alone: list[Any]) -> int:
+    """Which of several samples, each of which can be decoded alone, is unlike most; 0 where that cannot be said."""
+    forms = [(value.shape, value.dtype) if isinstance(value, numpy.ndarray) else None for value in alone]
+    usual = Counter(forms).most_common(1)[0][0]
+    return next((row for row, form in enumerate(forms) if form != usual), 0)
 
 
 def in_float32(value: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ DRAWS = [path for path in FILES if path.name in ("pairs.yaml", "trajectories.yam
 """What tools/make_pairs.py and tools/make_trajectories.py read."""
 RECIPES = [path for path in FILES if path not in [*OVERRIDES.values(), *DRAWS]]
 make_pairs, make_trajectories = load_script("make_pairs"), load_script("make_trajectories")
+make_shards = load_script("make_shards")
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 QUICK = ["--data.init_args.batch_size=8", *QUIET]
 
@@ -77,6 +78,7 @@ def made(standins: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_digits_teachers()
         Path("runs/tiny").symlink_to(standins)
         Path("data").mkdir()
+        make_shards.main(["--digits", "--of", "4", "--out", "data/shards/digits"])
         Path("data/prompts.txt").write_text("a photo of the digit seven\na photo of the digit two\n")
         for kind, folders in (("pairs", PAIR_FOLDERS), ("trajectories", TRAJECTORY_FOLDERS)):
             for name, more in folders.items():
@@ -98,7 +100,7 @@ PAIR_FOLDERS = {
     "sd15_reflow": ["--guidance.init_args.scale=1.5"],
 }
 TRAJECTORY_FOLDERS: dict[str, list[str]] = {"digits": ["--steps=2", "--count=16"], "dit": [], "sd21": [], "sdxl": []}
-STORED = ("data/pairs/", "pairs_digits.yaml", "data/trajectories/", "trajectories_digits.yaml")
+STORED = ("digits_shards.yaml", "data/pairs/", "pairs_digits.yaml", "data/trajectories/", "trajectories_digits.yaml")
 """What a recipe that is trained on pairs or trajectories names."""
 
 
