@@ -13,10 +13,12 @@ import os
 import pkgutil
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse.typing import PositiveFloat
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import LightningDataModule, Trainer
 from pytorch_lightning.callbacks import Callback
@@ -29,6 +31,7 @@ import datamodules
 import distill
 from distill.callbacks.loggers import run_loggers
 from distill.callbacks.predictions import PredictionWriter
+from distill.callbacks.preemption import Preemption
 from distill.callbacks.random_state import RandomState
 from distill.callbacks.run_record import RunRecord
 from distill.callbacks.sample_grid import SampleGrid
@@ -42,6 +45,10 @@ EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # the averages of the student are
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own call
     r"`torch.jit.script` is deprecated",  # a dependency's
+)
+TIMEOUT_HELP = (
+    "Seconds after which a rank that waits for the others ends with an error, under a strategy given by its name "
+    "(a class_path has its own timeout)."
 )
 PRECISIONS = ("32", "32-true", "64", "64-true", "bf16", "bf16-mixed")
 PROGRAM = ("distill.cli", "distill.__main__")
@@ -135,6 +142,7 @@ class DistillCLI(LightningCLI):
         """Adds the callbacks that every run has."""
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(SampleGrid, "sample_grid")
+        parser.add_argument("--process_group_timeout", type=PositiveFloat, default=600.0, help=TIMEOUT_HELP)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, names the run folder, and refuses what can be seen to fail."""
@@ -208,13 +216,19 @@ class DistillCLI(LightningCLI):
         kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         if SLURMEnvironment.detect():  # Lightning's requeue loses checkpoints, and leaves hpc_ckpt files that override ours
             kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
+        timeout = timedelta(seconds=self._get(self.config_init, "process_group_timeout"))
         callbacks: list[Callback] = [RandomState(), *([PredictionWriter()] if self.subcommand == "predict" else [])]
+        if self.subcommand == "fit":
+            callbacks.append(Preemption(timeout))
         if config.enable_progress_bar is not False:
             callbacks.append(StepProgressBar())
         if config.logger in (None, True):
             kwargs["logger"] = run_loggers(config.default_root_dir)
         self.trainer_defaults = {"callbacks": callbacks}
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if isinstance(config.strategy, str) and hasattr(trainer.strategy, "_timeout"):
+            trainer.strategy._timeout = timeout  # Lightning has no way to give it to a strategy that is chosen by name
+        return trainer
 
 
 def key_of(config: Namespace, class_type: type) -> str:
