@@ -135,6 +135,12 @@ def draws_too_before(hook):
     return careless
 
 
+def rows_but_speed(run) -> list[dict[str, str]]:
+    """The rows of the log, in order, without what depends on the machine."""
+    rows = csv.DictReader((run / "csv/metrics.csv").open())
+    return [{key: value for key, value in row.items() if not key.startswith("throughput/")} for row in rows]
+
+
 @pytest.mark.parametrize("cut", [3, 5, 8])
 def test_a_run_that_was_cut_resumes_as_if_never_cut(in_folder, cut, monkeypatch):
     """Cut at a plain step, at one with a validation, and at the end of an epoch: the same bits, rows and pictures."""
@@ -158,8 +164,7 @@ def test_a_run_that_was_cut_resumes_as_if_never_cut(in_folder, cut, monkeypatch)
     torch.randn(7), random.random()
     cli.main([*words, "--trainer.default_root_dir=cut", "--ckpt_path=last"])
     assert_same(states(in_folder / "whole"), states(in_folder / "cut"))
-    rows = [(in_folder / run / "csv/metrics.csv").read_text() for run in ("whole", "cut")]
-    assert rows[0] == rows[1]
+    assert rows_but_speed(in_folder / "whole") == rows_but_speed(in_folder / "cut")
     for picture in ("step_00000005.png", "step_00000010.png"):
         first, second = ((in_folder / run / "samples" / picture).read_bytes() for run in ("whole", "cut"))
         assert first == second

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,13 @@ class _Rows(ExperimentWriter):
             _replace(path, text[: text.rfind("\n") + 1])
         self.metrics_keys = next(csv.reader(io.StringIO(text)), [])
 
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+    def _rewrite_with_new_header(self, fieldnames: Iterable[str]) -> None:
         """As Lightning's, but whole or not at all."""
         path = Path(self.metrics_file_path)
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
         buffer = io.StringIO(newline="")
-        writer = csv.DictWriter(buffer, fieldnames=fieldnames, lineterminator=os.linesep)
+        writer = csv.DictWriter(buffer, fieldnames=list(fieldnames), lineterminator=os.linesep)
         writer.writeheader()
         writer.writerows(rows)
         _replace(path, buffer.getvalue())
