@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +48,13 @@ class _Rows(ExperimentWriter):
             _replace(path, text[: text.rfind("\n") + 1])
         self.metrics_keys = next(csv.reader(io.StringIO(text)), [])
 
-    def _rewrite_with_new_header(self, fieldnames: Iterable[str]) -> None:
+    def _rewrite_with_new_header(self, fieldnames: Any) -> None:  # a list; checked as one in tests, beartype would draw an item
         """As Lightning's, but whole or not at all."""
         path = Path(self.metrics_file_path)
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
         buffer = io.StringIO(newline="")
-        writer = csv.DictWriter(buffer, fieldnames=list(fieldnames), lineterminator=os.linesep)
+        writer = csv.DictWriter(buffer, fieldnames=fieldnames, lineterminator=os.linesep)
         writer.writeheader()
         writer.writerows(rows)
         _replace(path, buffer.getvalue())

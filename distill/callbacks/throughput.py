@@ -119,7 +119,7 @@ class Throughput(Callback):
         self.interval.batches += 1
         self.interval.images += len(batch)
         self.interval.operations += self.operations.get(self.player, 0)
-        if pl_module.batches_seen % trainer.log_every_n_steps == 0:
+        if pl_module.batches_seen % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             for name, value in self._figures(trainer, pl_module.optimization.accumulate_batches).items():
                 shown = name in ("images_per_second", "data_wait", "utilisation")
                 pl_module.log(f"throughput/{name}", value, prog_bar=shown, batch_size=1)
