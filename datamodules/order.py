@@ -14,9 +14,9 @@ import numpy
 import torch
 from pytorch_lightning import Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from datamodules.workers import outlive_signals
+from datamodules.workers import iterate
 
 
 @lru_cache(maxsize=4)  # a pass is asked for batch by batch
@@ -70,12 +70,7 @@ class OrderedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         # A generator function: Lightning calls iter() long before the first batch, and the order is asked for at that batch.
-        # The generator of its own keeps DataLoader from drawing its workers' seed from torch's global one, which would then
-        # differ between a resumed run and an uninterrupted one.
-        own = torch.Generator().manual_seed(0)
-        batches: list = self.order()
-        settings: dict[str, Any] = {"num_workers": self.num_workers, "worker_init_fn": outlive_signals}
-        yield from DataLoader(self.dataset, sampler=batches, batch_size=None, generator=own, **settings)
+        yield from iterate(self.dataset, self.order(), self.num_workers)
 
 
 class ResumableLoader(OrderedLoader):

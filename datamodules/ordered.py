@@ -12,6 +12,9 @@ from torch.utils.data import Dataset
 from datamodules.base import DataModule
 from datamodules.order import OrderedLoader, ResumableLoader, permuted_items, trained_batches
 
+HASH = "(sha256"
+"""How `OrderedDataModule.order` begins what stands for the contents of files."""
+
 
 class OrderedDataModule(DataModule):
     """Samples that have numbers, 0 to ``size - 1``, each of which can be read at any time.
@@ -111,10 +114,12 @@ class OrderedDataModule(DataModule):
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return  # validation of a checkpoint consumes no training data
         for key, value in self.order().items():
-            if state_dict[key] != value:
+            if (before := state_dict.get(key)) != value:
+                files = str(value).startswith(HASH)
+                remedy = "put those back that it began with" if files else f"set data.{key}={before}"
                 raise ValueError(
-                    f"data.{key}={value}: the run to be resumed has {state_dict[key]}, hence another order, and samples "
-                    f"would be lost or repeated; set data.{key}={state_dict[key]}, or start a new run."
+                    f"data.{key}={value}: the run to be resumed has {before}, hence another order, and samples "
+                    f"would be lost or repeated; {remedy}, or start a new run."
                 )
         before, now = state_dict["batch"], self.batch_size * self.ranks[1]
         if before != now:

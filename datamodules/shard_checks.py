@@ -20,7 +20,7 @@ from datamodules.streams.contents import Contents
 from datamodules.streams.decoding import FORMATS, check_finite, decode_picture, read_array
 from datamodules.streams.exact import IndexedSamples
 from datamodules.streams.rejects import Reject, Rejected
-from datamodules.tar_index import TarIndex, scan
+from datamodules.tar_index import TarIndex, scan_and_keep
 
 Problem = tuple[str, str, str]
 """Reason, key (empty where the whole tar is meant), and detail."""
@@ -41,6 +41,7 @@ class ShardReport:
         arrays: keys of the samples, by the ending and by type and shape (``float32 [4, 64, 64]``).
         lacking: keys of the samples that lack what others of the tar have, by what it is.
         problems: what is wrong.
+        unkept: why its index could not be kept, empty if it was.
     """
 
     file: str
@@ -51,24 +52,29 @@ class ShardReport:
     arrays: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     lacking: dict[str, list[str]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    unkept: str = ""
 
 
-def check_shard(file: str, most_pixels: int, contents: Contents | None = None) -> ShardReport:
-    """What one tar says without the others. Raises nothing: what cannot be read is among the problems.
+def check_shard(
+    file: str, most_pixels: int, contents: Contents | None = None, index_cache: str | None = None
+) -> ShardReport:
+    """What one tar says without the others. Raises nothing: what cannot be read is among the problems. Keeps its index.
 
     Args:
         file: the tar.
         most_pixels: a picture of more is wrong.
         contents: what a sample is in training; None for a look at each member by itself.
+        index_cache: folder of the index; None for beside the tar.
     """
     report = ShardReport(file)
     try:
-        index = scan(file)
+        index, unkept = scan_and_keep(file, index_cache)
+        report.unkept = "" if unkept is None else str(unkept)
         report.bytes, report.keys = index.size, index.keys
         report.problems = [(problem.reason, problem.key, problem.detail) for problem in index.problems]
         _read_members(report, index, most_pixels)
         if contents is not None:
-            _read_samples(report, index, contents)
+            _read_samples(report, index, contents, index_cache)
         _compare_manifest(report)
     except FileNotFoundError:
         report.problems.append(("missing", "", "there is no such file"))
@@ -131,9 +137,9 @@ def _parse(content: bytes, by: Callable[[list[bytes]], Any], reason: str) -> Non
         raise Reject(reason, error) from error
 
 
-def _read_samples(report: ShardReport, index: TarIndex, contents: Contents) -> None:
+def _read_samples(report: ShardReport, index: TarIndex, contents: Contents, index_cache: str | None) -> None:
     """Decodes each sample as training does, and notes what no look at its members alone has found."""
-    samples, known = IndexedSamples([index], contents), {key for _, key, _ in report.problems}
+    samples, known = IndexedSamples([index], contents, index_cache), {key for _, key, _ in report.problems}
     for number, key in enumerate(index.keys):
         one = samples.decode(number, None)
         if isinstance(one, Rejected) and key not in known:

@@ -76,9 +76,17 @@ class OpenFiles:
         self.descriptors: dict[Path, int] = {}
 
     def read(self, file: Path, begin: int, size: int) -> bytes:
-        """Bytes ``begin .. begin + size - 1``, fewer where the file ends."""
+        """Bytes ``begin .. begin + size - 1``, fewer where the file ends.
+
+        Where a read fails, the file is opened anew and read once more: a network file system may have dropped it.
+        """
         descriptor = self.descriptors.get(file)
-        return os.pread(self.open(file) if descriptor is None else descriptor, size, begin)
+        try:
+            return os.pread(self.open(file) if descriptor is None else descriptor, size, begin)
+        except OSError:
+            if (failed := self.descriptors.pop(file, None)) is not None:
+                os.close(failed)
+            return os.pread(self.open(file), size, begin)
 
     def open(self, file: Path) -> int:
         """Opens a file, and closes the one that was opened first if there are too many."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from itertools import islice
 from typing import Any, Literal
@@ -15,15 +16,20 @@ from torch.utils.data import Dataset
 from datamodules.order import OrderedLoader, ResumableLoader, trained_batches
 from datamodules.ordered import OrderedDataModule
 from datamodules.streams.contents import Contents
+from datamodules.streams.decoding import Bytes
 from datamodules.streams.exact import IndexedSamples, NamedErrors, NumberedBatches
 from datamodules.streams.grouped_order import GroupedOrder
-from datamodules.streams.loading import CheckedLoader
+from datamodules.streams.loading import CheckedLoader, Watched
 from datamodules.streams.patterns import URL, expand
 from datamodules.streams.rejects import CHECKED_AFTER, IN_A_ROW, Fetched, Rejected, Rejects, summary
-from datamodules.streams.resampled import ResampledBatches, good_rows
-from datamodules.streams.tar_stream import Shard
-from datamodules.tar_index import read_index
+from datamodules.streams.resampled import ResampledBatches, first_samples
+from datamodules.streams.stored import LEARNT_FROM, StoredContents
+from datamodules.streams.tar_stream import Raw, Shard
+from datamodules.tar_index import read_indices
 from distill.types import Batch, label_conditions
+
+EVALUATED = 10_000
+"""Samples of validation where it reads what is trained on."""
 
 
 class WebDatasetDataModule(OrderedDataModule):
@@ -33,7 +39,8 @@ class WebDatasetDataModule(OrderedDataModule):
     permutes the shards by (seed, pass) and mixes the samples of ``shuffle_shards`` of them at a time, so that reads stay within
     few files. For the rest see `OrderedDataModule`: the position is in the checkpoint, nothing is lost or repeated, also on
     another number of ranks, workers or with another batch size; augmentations depend on (seed, position) alone. In the place of
-    a sample that is rejected comes the next good one of the order. There may be fewer shards than ranks and workers.
+    a sample that is rejected comes the next good one of the order, which is hence seen once more in that pass. There may be
+    fewer shards than ranks and workers.
 
     ``mode: resampled``, for any shards, pipes and URLs among them. Each worker of each rank draws shards with replacement,
     reads them from front to back and mixes them in a buffer: a pass has no end, and samples come once on average only, those of
@@ -49,16 +56,20 @@ class WebDatasetDataModule(OrderedDataModule):
         batch_size: training samples a batch on each rank.
         num_workers: processes that read and decode.
         seed: of the order, the draws, and the augmentations.
-        batches_per_epoch: training batches of each rank in what Lightning calls an epoch, in both modes.
+        batches_per_epoch: training batches of each rank in what Lightning calls an epoch, in both modes. In ``exact`` workers
+            are started anew in each: give 1000 or more for large data.
         shuffle_shards: shards whose samples are mixed (exact).
         shuffle_buffer: undecoded samples of each worker among which the next one is drawn (resampled).
-        max_reject_rate: share of rejected samples on a rank beyond which the run ends, once 100 were seen.
-        timeout: seconds without a batch after which the run ends; null for never.
+        max_reject_rate: share of rejected samples on a rank beyond which the run ends, once 100 were seen: of all, or of the
+            last 10,000. Validation counts on its own.
+        timeout: seconds without a batch after which the run ends, also for the examples; null for never.
         validation: data of validation, test, prediction and examples, whose settings are its own.
         validation_shards: or local shards of the same contents for these; null for evenly spaced samples of ``shards``.
-        eval_samples: samples of validation, evenly spaced; null for all. Not used with ``validation``.
+        eval_samples: samples of validation, evenly spaced; null for all of ``validation_shards``, but for at most 10,000 of
+            ``shards``. Not used with ``validation``.
         eval_batch_size: at most so many samples a batch on each rank in validation. Not used with ``validation``.
-        index_cache: folder of the indices; null for beside the tars.
+        index_cache: folder of the indices; null for beside the tars. tools/make_shards.py and tools/check_shards.py write them;
+            those that are missing are made at the start.
 
     Raises:
         FileNotFoundError: a shard that is not there.
@@ -98,15 +109,33 @@ class WebDatasetDataModule(OrderedDataModule):
         self.validation, self.eval_samples = validation, eval_samples
         self.own_files = [] if validation_shards is None else expand("validation_shards", validation_shards)
         self.rejects, self._told = Rejects(max_reject_rate), False
+        self.eval_rejects = Rejects(max_reject_rate, "data/validation_rejected")
+        self._examples: dict[int, Batch] = {}
         self.problems: list[Rejected] = []
         if mode == "exact":
             self._refuse_what_has_no_numbers("mode=exact", "shards", self.files)
-        contents.bind(self.files[0], {} if contents.exact_by is None else Shard(self.files[0], contents).leading())
+        self._bind()
         self.spec = contents.spec
         if mode == "exact":
             self.spread = GroupedOrder(self.indexed.sizes, shuffle_shards, seed)
         if validation is not None:
             self._check_validation(validation)
+
+    def _bind(self) -> None:
+        """Shows the contents what the first shard says of itself and, if that does not say all, its first samples."""
+        contents, file = self.contents, self.files[0]
+        leading = {} if contents.exact_by is None else self._in_time(Shard(file, contents).leading, lambda: f"reading {file}")
+        contents.bind(file, leading)
+        if isinstance(contents, StoredContents):
+
+            def first() -> list[Mapping[str, Bytes]]:
+                return [one.members for one in islice(Shard(file, contents), LEARNT_FROM) if isinstance(one, Raw)]
+
+            contents.learn(self._in_time(first, lambda: f"reading {file}"))
+
+    def _in_time(self, work: Callable[[], Any], reading: Callable[[], str]) -> Any:
+        """What the work gives. Raises RuntimeError after ``timeout`` seconds."""
+        return work() if self.timeout is None else next(Watched((work() for _ in range(1)), self.timeout, True, reading))
 
     def _refuse_what_has_no_numbers(self, what: str, key: str, files: list[str]) -> None:
         """Raises ValueError for shards, or contents, that cannot be read by number."""
@@ -144,7 +173,7 @@ class WebDatasetDataModule(OrderedDataModule):
 
     def _read_indices(self, key: str, files: list[str]) -> IndexedSamples:
         """The samples of local tars. Raises ValueError if there are none, or too much is wrong."""
-        samples = IndexedSamples([read_index(file, self.index_cache) for file in files], self.contents)
+        samples = IndexedSamples(read_indices(files, self.index_cache), self.contents, self.index_cache)
         samples.opened = self._opened()
         problems, count = samples.problems(), len(samples)
         self.problems += problems
@@ -170,7 +199,7 @@ class WebDatasetDataModule(OrderedDataModule):
 
     def evaluation_items(self) -> Tensor:
         size = len(self.evaluated)
-        count = min(self.eval_samples or size, size)
+        count = min(self.eval_samples or (size if self.own_files else EVALUATED), size)
         return torch.arange(count) * size // count
 
     def order(self) -> dict[str, Any]:
@@ -195,10 +224,10 @@ class WebDatasetDataModule(OrderedDataModule):
             self._told = True
         if self.mode == "exact":
             batches: Dataset = NumberedBatches(self.indexed, self.spread, self.seed)
-            return self._checked(batches, loader.order, len(loader), self.indexed.opened, self.files)
+            return self._checked(batches, loader.order, len(loader), self.indexed.opened, self.files, self.rejects)
         opened, seed = self._opened(), (self.seed, rank, trained_batches(self.trainer))
         batches = ResampledBatches(self.files, self.contents, self.batch_size, self.shuffle_buffer, seed, opened)
-        return self._checked(batches, None, len(loader), opened, self.files)
+        return self._checked(batches, None, len(loader), opened, self.files, self.rejects)
 
     def _next_batches(self) -> list[Tensor]:
         """The positions in the order of this rank's next ``batches_per_epoch`` batches."""
@@ -207,24 +236,32 @@ class WebDatasetDataModule(OrderedDataModule):
         starts = range(first, first + self.batches_per_epoch * step, step)
         return [torch.arange(start, start + self.batch_size) for start in starts]
 
-    def _checked(self, batches: Dataset, order: Any, length: int, opened: Tensor, files: list[str]) -> CheckedLoader:
+    def _checked(
+        self, batches: Dataset, order: Any, length: int, opened: Tensor, files: list[str], rejects: Rejects
+    ) -> CheckedLoader:
         """A loader whose batches are counted; the problems of the indices are named before its first one."""
         if self.ranks[0] == 0:  # all ranks read the same indices
             self.rejects.note(self.problems, self.trainer)
         self.problems = []
 
-        def reading() -> str:
-            found = {worker: files[number] for worker, number in enumerate(opened.tolist()) if number >= 0}
-            names = ", ".join(f"worker {worker} reads {name}" for worker, name in found.items())
-            return f"rank {self.ranks[0]}, {names or 'no shard was opened'}"
+        def receive(fetched: Fetched) -> Batch:
+            return self._receive(fetched, rejects, f"the last {IN_A_ROW} one after another")
 
-        return CheckedLoader(batches, order, length, self.num_workers, self._receive, self.timeout, reading)
+        return CheckedLoader(
+            batches, order, length, self.num_workers, receive, self.timeout, lambda: self._reading(opened, files)
+        )
 
-    def _receive(self, fetched: Fetched) -> Batch:
-        """The batch. Raises RuntimeError beyond the rate of rejects, or if there are rejects alone."""
-        self.rejects.add(fetched.seen, fetched.rejected, self.trainer)
+    def _reading(self, opened: Tensor, files: list[str]) -> str:
+        """Which shard each worker reads."""
+        found = {worker: files[number] for worker, number in enumerate(opened.tolist()) if number >= 0}
+        names = ", ".join(f"worker {worker} reads {name}" for worker, name in found.items())
+        return f"rank {self.ranks[0]}, {names or 'no shard was opened'}"
+
+    def _receive(self, fetched: Fetched, rejects: Rejects, otherwise: str) -> Batch:
+        """The batch. Raises RuntimeError beyond the rate of rejects, or, saying ``otherwise``, if there is none."""
+        rejects.add(fetched.seen, fetched.rejected, self.trainer)
         if fetched.batch is None:
-            raise self.rejects.error(f"the last {IN_A_ROW} one after another", self.trainer)
+            raise rejects.error(otherwise, self.trainer)
         return self.contents.delivered(fetched.batch)
 
     def shard_map(self) -> str:
@@ -256,7 +293,8 @@ class WebDatasetDataModule(OrderedDataModule):
 
     def _evaluation(self, loader: OrderedLoader) -> CheckedLoader:
         samples, files = self.evaluated, self.own_files or self.files
-        return self._checked(NumberedBatches(samples), loader.order, len(loader), samples.opened, files)
+        numbered = NumberedBatches(samples)
+        return self._checked(numbered, loader.order, len(loader), samples.opened, files, self.eval_rejects)
 
     def examples(self, count: int) -> Batch:
         """The classes in turn, if the class is the only condition; else the conditions of evenly spaced, or first, samples."""
@@ -264,27 +302,25 @@ class WebDatasetDataModule(OrderedDataModule):
             return self.validation.examples(count)
         if self.spec.num_classes is not None and not self.spec.prompts and not self.spec.widths:
             return Batch(None, *label_conditions(torch.arange(count) % self.spec.num_classes, self.spec.num_classes))
-        batch = self._first(count) if self.mode == "resampled" else self._spaced(count)
-        return Batch(None, batch.cond, batch.null, prompts=batch.prompts)
+        if count not in self._examples:
+            batch = self._first(count) if self.mode == "resampled" else self._spaced(count)
+            self._examples[count] = Batch(None, batch.cond, batch.null, prompts=batch.prompts)
+        return self._examples[count]
 
     def _spaced(self, count: int) -> Batch:
         """The samples next to evenly spaced numbers that are good."""
-        size = len(self.evaluated)
-        fetched = NumberedBatches(self.evaluated)[torch.arange(count) * size // count]
-        if fetched.batch is None:
-            raise self.rejects.error(f"the last {IN_A_ROW} one after another", self.trainer)
-        return fetched.batch
+        samples, files = self.evaluated, self.own_files or self.files
+        items = torch.arange(count) * len(samples) // count
+        fetched = self._in_time(lambda: NumberedBatches(samples)[items], lambda: self._reading(samples.opened, files))
+        return self._receive(fetched, self.eval_rejects, f"the last {IN_A_ROW} one after another")
 
     def _first(self, count: int) -> Batch:
         """The first good samples of the shards, again and again if there are too few."""
-        rows: list[Any] = []
-        for name in self.files:
-            rows += islice(good_rows(name, self.contents), count - len(rows))
-            if len(rows) == count:
-                break
-        if not rows:
-            raise ValueError(f"shards: {self.files[0]} ...: no sample of them can be used; see tools/check_shards.py.")
-        return self.contents.batch([rows[number % len(rows)] for number in range(count)])
+        opened = torch.full((1,), -1)
+        fetched = self._in_time(
+            lambda: first_samples(self.files, self.contents, count, opened), lambda: self._reading(opened, self.files)
+        )
+        return self._receive(fetched, self.rejects, "the first ones of the shards")
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader

@@ -154,14 +154,17 @@ class RunCheckpoint(Checkpoint):
         self.mode = mode
         self.best: float | None = None
         self.saved_step = -1
+        self.validated_step = -1
 
     def state_dict(self) -> dict[str, Any]:
-        """The best figure so far, so that a resumed run replaces ``best.ckpt`` only by a better one."""
-        return {"best": self.best}
+        """The best figure so far, so that a resumed run replaces ``best.ckpt`` only by a better one, and the step of the last
+        validation that has ended: not yet that of the step saved, which is saved before it is validated.
+        """
+        return {"best": self.best, "validated_step": self.validated_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave."""
-        self.best = state_dict["best"]
+        self.best, self.validated_step = state_dict["best"], state_dict.get("validated_step", -1)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Removes what a killed process left unfinished."""
@@ -183,7 +186,10 @@ class RunCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets ``best.ckpt`` follow the monitored figure."""
-        if self.monitor is None or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        self.validated_step = trainer.global_step
+        if self.monitor is None:
             return
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(trainer.callback_metrics)) or "nothing"

@@ -13,6 +13,7 @@ import torch
 from bad_shards import GOOD, KINDS, captioned, good_shard, picture, write_bad, write_tar
 from script import load_script
 
+from datamodules import tar_index
 from datamodules.members import to_npy
 from datamodules.shard_writing import write_shard
 
@@ -173,6 +174,32 @@ def test_a_problem_is_named_once(tmp_path):
         report = check(tmp_path, file, "--contents", tmp_path / "contents.yaml")
         assert [key for _, _, key in problems(report)] == ["bad"], kind
     assert GOOD[0] not in {key for _, _, key in problems(report)}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_indices_are_kept_on_the_way(workers, tmp_path, monkeypatch, capsys):
+    files = [good_shard(tmp_path / f"{name}.tar", [name]) for name in "ab"]
+    settings = ("--workers", workers, "--index-cache", tmp_path / "cache")
+    check(tmp_path, tmp_path / "*.tar", *settings, wrong=False)
+    check(tmp_path, files[0], wrong=False)
+    assert "could not be kept" not in capsys.readouterr().out
+    monkeypatch.setattr(tar_index, "scan", None)
+    assert [index.keys for index in tar_index.read_indices(files, tmp_path / "cache")] == [["a"], ["b"]]
+    assert tar_index.is_kept(files[0]) and not tar_index.is_kept(files[1])
+
+
+def test_an_index_that_cannot_be_kept_is_said_and_the_shard_is_not_wrong(tmp_path, capsys):
+    file = good_shard(tmp_path / "a.tar")
+    (tmp_path / "file").write_text("in the way")
+    check(tmp_path, file, "--index-cache", tmp_path / "file/cache", wrong=False)
+    assert f"1 indices could not be kept, that of {file}: " in (text := capsys.readouterr().out) and "--index-cache" in text
+
+
+def test_keys_that_are_no_text_are_printed(tmp_path, capsys):
+    write_tar(tmp_path / "a.tar", [("a\udcff.png", picture(0))] + captioned("b") + captioned("c"))
+    (tmp_path / "contents.yaml").write_text("{class_path: ImageContents, init_args: {size: 8, captions: txt}}")
+    report = check(tmp_path, tmp_path / "a.tar", "--contents", tmp_path / "contents.yaml")
+    assert problems(report) == [("a.tar", "no caption", "a\udcff")] and "a\\udcff" in capsys.readouterr().out
 
 
 def test_wrong_commands_are_named(tmp_path, capsys):

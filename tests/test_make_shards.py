@@ -14,6 +14,7 @@ from bad_shards import picture
 from PIL import Image
 from script import load_script
 
+from datamodules import tar_index
 from datamodules.digits import load_digits
 from datamodules.members import from_npy
 from datamodules.tar_index import scan
@@ -51,7 +52,8 @@ def samples(out: Path) -> dict[str, dict[str, bytes]]:
 
 
 def bytes_of(out: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in out.iterdir()}
+    """Hashes of all files but the indices, in which times are."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in out.iterdir() if file.suffix != ".npz"}
 
 
 # -------------------------------------------------------------------------------------------------------- what is written
@@ -85,6 +87,14 @@ def test_digits_as_arrays_are_the_same_bits(tmp_path):
     for name, sample in zip(sources, samples(out).values(), strict=True):
         number = int(name.split()[1])
         assert numpy.array_equal(from_npy([sample["npy"]])[0], images[number].numpy()) and int(sample["cls"]) == labels[number]
+
+
+def test_the_index_of_each_shard_is_there(tmp_path, monkeypatch):
+    out = run(tmp_path / "out", "--digits", "--of", 2)
+    run(tmp_path / "out", "--digits", "--of", 2)
+    monkeypatch.setattr(tar_index, "scan", None)
+    files = sorted(out.glob("*.tar"))
+    assert [len(index.keys) for index in tar_index.read_indices(files)] == [898, 899]
 
 
 def test_pictures_of_a_folder_are_written_as_they_are(photos, tmp_path):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
+import multiprocessing.util
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from types import SimpleNamespace
 
 import pytest
@@ -20,9 +25,9 @@ from lightning_fabric.strategies.launchers.subprocess_script import _ChildProces
 from pytorch_lightning import Trainer
 from resuming import same
 from tiny_run import process, write_recipe
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from datamodules.workers import outlive_signals
+from datamodules.workers import iterate, outlive_signals
 from distill import checkpoints, cli
 from distill.callbacks import preemption
 from distill.callbacks.preemption import EXIT_PREEMPTED, Preempted, end_within, leave_children_alone
@@ -141,6 +146,64 @@ def test_a_step_of_several_batches_is_ended_first(fit, run):
     assert read_checkpoint(run / "checkpoints" / "last.ckpt")["distill"]["batches_seen"] == 9
 
 
+def grids(run) -> set[int]:
+    """Steps whose validation has ended: each leaves a picture."""
+    return {int(path.stem.removeprefix("step_")) for path in (run / "samples").glob("step_*.png")}
+
+
+METRIC = "--model.init_args.evaluation.metrics=[FrechetDistance]"
+MONITOR = (METRIC, "--checkpoint.monitor=val/frechet_pixels/1", "--checkpoint.mode=max")
+
+
+@pytest.mark.parametrize("step", [4, 8, 12])
+def test_a_validation_that_a_run_was_killed_within_is_made_when_it_starts_again(fit, run, step):
+    words = [*fit, "--trainer.val_check_interval=4", *MONITOR]
+    assert Ranks([*words, *at("on_validation_batch_start", step, signal_name="SIGKILL")], 1, run.parent).wait() == [-9]
+    assert left_behind(run) == (None, None, step) and grids(run) == set(range(4, step, 4))
+    told_to_leave([*words, *at("on_fit_start", 0)])  # before it, which may be long
+    assert left_behind(run)[0]["step"] == step and step not in grids(run)
+    cli.main(words)
+    assert left_behind(run)[1]["step"] == 12 and grids(run) == {4, 8, 12}
+    cli.main([*words, "--trainer.default_root_dir=uncut"])
+    assert same_training(run, run.parent / "uncut")
+    best = [read_checkpoint(folder / "checkpoints" / "best.ckpt")["global_step"] for folder in (run, run.parent / "uncut")]
+    assert best[0] == best[1]
+
+
+def test_a_validation_at_the_step_that_a_run_is_left_at_is_made_when_it_starts_again(fit, run, whole):
+    told_to_leave([*fit, *at("on_train_batch_start", 4)])
+    assert left_behind(run)[0]["step"] == 5 and not grids(run)
+    cli.main([*fit, "--trainer.limit_val_batches=0", "--trainer.max_steps=6"])
+    assert not grids(run), "none was due"
+    shutil.rmtree(run)
+    told_to_leave([*fit, *at("on_train_batch_start", 4)])
+    cli.main(fit)
+    assert grids(run) == {5, 10} == grids(whole) and same_training(run, whole)
+
+
+def test_a_validation_that_the_checkpoint_knows_of_is_not_made_again(fit, run):
+    words = [*fit, "--trainer.val_check_interval=6", *MONITOR]
+    cli.main([*words, "--trainer.max_steps=6"])  # the first figure is the best, and saved
+    shutil.rmtree(run / "samples")
+    (run / "DONE").unlink()
+    cli.main(words)
+    assert grids(run) == {12}
+    shutil.rmtree(run / "samples")
+    cli.main(words)
+    assert not grids(run), "DONE says that it was"
+
+
+def test_all_ranks_make_the_validation_that_was_missed(fit, run):
+    words = [*fit, "--trainer.val_check_interval=4"]
+    together = Ranks([*words, "--trainer.max_steps=4"], 2, run.parent)
+    assert together.wait() == [0, 0], together.output()
+    shutil.rmtree(run / "samples")
+    (run / "DONE").unlink()  # as if killed after the last save
+    together = Ranks([*words, "--trainer.max_steps=4"], 2, run.parent)
+    assert together.wait() == [0, 0], together.output()
+    assert grids(run) == {4} and left_behind(run)[1]["step"] == 4
+
+
 def test_done_stays_until_there_are_steps_to_do(fit, run, whole):
     shutil.copytree(whole, run)
     written = (run / "DONE").stat().st_mtime_ns
@@ -209,6 +272,43 @@ def test_workers_that_prepare_batches_outlive_signals():
         os.kill(batches._workers[0].pid, number)  # type: ignore[attr-defined]
     time.sleep(0.1)
     assert [first, *map(int, batches)] == list(range(40))
+
+
+class Stuck(Dataset):
+    """Its second item takes for ever."""
+
+    def __getitem__(self, item: int) -> int:
+        if item:
+            time.sleep(600)
+        return item
+
+
+def stuck_worker() -> tuple[Iterator[int], BaseProcess]:
+    items = iterate(Stuck(), [0, 1, 1], 1)
+    assert next(items) == 0
+    (worker,) = multiprocessing.active_children()
+    time.sleep(0.2)  # it has gone on to the second
+    return items, worker
+
+
+def test_a_worker_that_is_stuck_ends_with_what_it_works_for():
+    items, worker = stuck_worker()
+    del items  # torch waits a few seconds
+    worker.join(10)
+    try:
+        assert worker.exitcode == -signal.SIGKILL
+    finally:
+        worker.kill()
+
+
+def test_a_worker_that_is_stuck_does_not_hold_up_the_end_of_a_process():
+    def ends():
+        items, worker = stuck_worker()
+        threading.Timer(20, lambda: os._exit(3)).start()
+        multiprocessing.util._exit_function()  # what Python calls at its end; waits for all workers
+        os._exit(0 if worker.exitcode == -signal.SIGKILL else 4)
+
+    assert forked(ends) == 0
 
 
 def forked(action) -> int:

@@ -13,7 +13,7 @@ from bad_shards import GOOD, KINDS, captioned, good_shard, write_bad, write_tar
 from webdataset import tariterators
 
 from datamodules import tar_index
-from datamodules.tar_index import SUFFIX, read_index, scan
+from datamodules.tar_index import SUFFIX, kept_keys, read_index, read_indices, scan
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
@@ -217,6 +217,9 @@ def test_tars_of_one_name_do_not_share_an_index(tmp_path):
         (tmp_path / name).mkdir()
         good_shard(tmp_path / name / "0.tar", [name])
         os.utime(tmp_path / name / "0.tar", ns=(5, 5))
+    (tmp_path / "\udcff").mkdir()
+    good_shard(tmp_path / "\udcff" / "0.tar", ["no text"])
+    assert read_index(tmp_path / "\udcff" / "0.tar", tmp_path / "other").keys == ["no text"]
     assert [read_index(tmp_path / name / "0.tar", tmp_path / "cache").keys for name in "abab"] == [["a"], ["b"]] * 2
     assert len(list((tmp_path / "cache").iterdir())) == 2 and len(list((tmp_path / "a").iterdir())) == 1
 
@@ -230,10 +233,71 @@ def test_a_damaged_index_is_made_again(content, tmp_path):
     assert read_index(file).keys == GOOD and numpy.load(kept)["places"].shape == (4, 2, 2)
 
 
-def test_where_nothing_can_be_written_the_tar_is_read(tmp_path):
-    file = good_shard(tmp_path / "a.tar")
+def test_where_nothing_can_be_written_the_tars_are_read_and_the_remedy_is_said(tmp_path):
+    files = [good_shard(tmp_path / f"{name}.tar", [name]) for name in "ab"]
     (tmp_path / "file").write_text("in the way")
-    assert read_index(file, tmp_path / "file" / "cache").keys == GOOD
+    assert read_index(files[0], tmp_path / "file" / "cache").keys == ["a"]
+    with pytest.warns(UserWarning, match="file/cache: the index of .*tar cannot be kept .*Set data.index_cache") as warned:
+        assert [index.keys for index in read_indices(files, tmp_path / "file" / "cache")] == [["a"], ["b"]]
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_who_may_read_an_index_is_the_umasks_to_say(umask, tmp_path):
+    file, before = good_shard(tmp_path / "a.tar"), os.umask(umask)
+    try:
+        read_index(file)
+    finally:
+        os.umask(before)
+    assert file.with_name(file.name + SUFFIX).stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_tars_without_an_index_are_counted_before_they_are_scanned(tmp_path, caplog, monkeypatch):
+    files = [good_shard(tmp_path / f"{name}.tar", [name]) for name in "abcd"]
+    read_index(files[1])
+    read_index(files[2])
+    os.utime(files[2], ns=(5, 5))
+
+    def told() -> list[str]:
+        return [record.message for record in caplog.records if record.message.startswith("data: indexing")]
+
+    with caplog.at_level("INFO"):
+        indices = read_indices(files)
+        assert next(indices).keys == ["a"] and len(told()) == 1 and "indexing 3 shards that have no index yet" in told()[0]
+        assert [index.keys for index in indices] == [["b"], ["c"], ["d"]]
+        monkeypatch.setattr(tar_index, "scan", None)
+        assert [index.keys for index in read_indices(files)] == [[name] for name in "abcd"] and len(told()) == 1
+
+
+def test_processes_that_start_together_share_the_scans(tmp_path, monkeypatch):
+    files, scanned = [good_shard(tmp_path / f"{name}.tar", [name]) for name in "abcdefgh"], []
+
+    def scan_and_another_too(file):
+        scanned.append(file)
+        if len(scanned) == 3:  # meanwhile
+            for other in files[:4]:
+                tar_index._save(tar_index._kept(other, None), scan(other), tar_index._stamp(other))
+        return scan(file)
+
+    orders = set()
+    for _ in range(4):
+        scanned.clear()
+        for file in files:
+            _forget(file)
+        monkeypatch.setattr(tar_index, "scan", scan_and_another_too)
+        assert [index.keys for index in read_indices(files)] == [[name] for name in "abcdefgh"]
+        assert len(set(scanned)) == len(scanned) == 3 + len(set(files[4:]) - set(scanned[:3]))
+        orders.add(tuple(scanned))
+    assert len(orders) > 1, "each begins at another tar"
+
+
+def test_keys_are_looked_up_also_when_the_tar_is_gone(tmp_path):
+    file, other = good_shard(tmp_path / "a.tar"), good_shard(tmp_path / "b.tar", ["no index"])
+    read_index(file)
+    file.unlink()
+    assert kept_keys(file) == GOOD and kept_keys(other) == ["no index"]
+    with pytest.raises(FileNotFoundError, match="nowhere.tar"):
+        kept_keys(tmp_path / "nowhere.tar")
 
 
 def test_names_that_are_no_text_are_kept_as_they_are(tmp_path):

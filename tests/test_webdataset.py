@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import logging
 import os
@@ -14,17 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import trainer
-from numbered_shards import COUNTS, numbered, numbers, on_rank, trained, write_numbered, write_tar
+from numbered_shards import COUNTS, member, numbered, numbers, on_rank, trained, write_numbered, write_tar
 from PIL import Image
 from pytorch_lightning.loggers import CSVLogger
 from resuming import same, train_cut_and_whole
 from script import load_script
 from test_encoded import Recorder
 
+from datamodules import webdataset
 from datamodules.digits import DigitsDataModule, load_digits
 from datamodules.streams.contents import ImageContents
 from datamodules.streams.exact import draws_at
 from datamodules.streams.grouped_order import GroupedOrder
+from datamodules.streams.rejects import Rejected, Rejects
 from datamodules.webdataset import WebDatasetDataModule
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -138,6 +141,20 @@ def test_state_refuses_other_shards_another_mode_and_another_seed(folder, tmp_pa
             on_rank(other).load_state_dict(state)
 
 
+def test_keys_that_are_no_text_have_a_state(tmp_path):
+    write_tar(tmp_path / "0.tar", [("a\udcff." + name[4:], content) for name, content in member(3)] + member(4))
+    module = on_rank(numbered(tmp_path))
+    on_rank(numbered(tmp_path)).load_state_dict(module.state_dict())
+    text = b"0.tar %d 2\n" % (tmp_path / "0.tar").stat().st_size + b"a\xff\n004"
+    assert module.state_dict()["shards"] == f"(sha256 {hashlib.sha256(text).hexdigest()[:12]})"
+
+
+def test_places_of_wanted_members_alone_are_held(tmp_path):
+    write_tar(tmp_path / "0.tar", [(f"{number}.{name}", b"1") for number in range(4) for name in ("npy", "bin", "cls")])
+    (index,) = numbered(tmp_path).indexed.indices
+    assert index.names == ["cls", "npy"] and not index.keys and index.places.shape == (4, 2, 2) and index.places.itemsize == 4
+
+
 def test_a_run_that_is_cut_ends_in_the_bits_of_one_that_is_not(tmp_path, monkeypatch):
     """The recipe, through the command line, with a worker and flips."""
     monkeypatch.chdir(tmp_path)
@@ -167,6 +184,26 @@ def test_validation_reads_evenly_spaced_samples_those_of_own_shards_or_other_dat
     assert real.validation.trainer is real.trainer and real.eval_batch_size == 100
     assert torch.equal(next(iter(real.val_dataloader())).x0, load_digits()[0][100:200])
     assert len(next(iter(real.held_out_dataloader()))) == 100
+
+
+def test_validation_on_what_is_trained_on_is_not_all_of_it(folder, monkeypatch):
+    monkeypatch.setattr(webdataset, "EVALUATED", 4)
+    assert [numbers(batch) for batch in numbered(folder).val_dataloader()] == [[0, 9, 18, 27]]
+    assert len(numbered(folder, eval_samples=30).evaluation_items()) == 30
+    assert len(numbered(folder, validation_shards=str(folder / "00002.tar")).evaluation_items()) == 11
+
+
+def test_validation_counts_what_it_rejects_on_its_own(tmp_path):
+    write_numbered(tmp_path / "good", (30,))
+    write_numbered(tmp_path / "bad", (60,), bad=tuple(range(0, 60, 20)))
+    own = {"validation_shards": str(tmp_path / "bad/*.tar"), "max_reject_rate": 0.05, "batches_per_epoch": 40}
+    module = on_rank(numbered(tmp_path / "good", **own), folder=tmp_path)
+    assert len(list(module.val_dataloader())) == 9 and len(list(module.train_dataloader())) == 40
+    assert not module.rejects.counts and module.eval_rejects.counts == {"not finite": 3} and module.eval_rejects.seen == 60
+    on_rank(module := numbered(tmp_path / "good", **(own | {"max_reject_rate": 0.04})), folder=tmp_path)
+    with pytest.raises(RuntimeError, match="6 of 102 samples were rejected"):
+        for _ in range(2):
+            list(module.val_dataloader())
 
 
 def test_digits_survive_their_shards_to_the_bit(tmp_path):
@@ -258,6 +295,16 @@ def test_the_reject_rate_ends_a_run_after_a_hundred_samples(tmp_path):
         for count, _ in enumerate(module.train_dataloader(), 1):
             assert count < 5
     assert (tmp_path / "rejected_3.jsonl").is_file()
+
+
+def test_an_outage_after_many_samples_ends_the_run_too():
+    rejects, bad = Rejects(0.05), [Rejected("a.tar", "", "missing", "")]
+    for _ in range(10_000):
+        rejects.add(100, [], None)
+    for _ in range(500):
+        rejects.add(100, bad * 5, None)  # just what is allowed
+    with pytest.raises(RuntimeError, match="2506 of 1050100 .*, 501 of the last 10000, more than data.max_reject_rate=0.05"):
+        rejects.add(100, bad * 6, None)
 
 
 def test_all_rejected_is_an_error_at_once(tmp_path):

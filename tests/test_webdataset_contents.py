@@ -5,16 +5,25 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import tarfile
+import time
+from pathlib import Path
 
 import numpy
 import pytest
+import test_pair_reading as pairs
 import torch
-from numbered_shards import numbered, write_tar
+from numbered_shards import member, numbered, on_rank, write_numbered, write_tar
 from PIL import Image, ImageOps
 
+from datamodules import webdataset
 from datamodules.members import to_npy
+from datamodules.streams import resampled
 from datamodules.streams.contents import ImageContents, PromptContents
+from datamodules.streams.decoding import LARGEST_MAX_PIXELS
 from datamodules.streams.rejects import Reject
+from datamodules.streams.stored import DrawnContents, EncodedContents
+from datamodules.webdataset import WebDatasetDataModule
 from distill.types import DataSpec
 
 
@@ -203,8 +212,10 @@ def test_a_bomb_is_rejected_by_its_header_and_at_the_limit_a_picture_is_not():
     content = bytearray(encoded(Image.new("1", (8, 8))))
     content[16:24] = (60_000).to_bytes(4, "big") * 2  # 3.6 gigapixels, of which PIL itself refuses to read more
     with pytest.raises(Reject) as rejected:
-        pixels(bytes(content), max_pixels=10**12)
+        pixels(bytes(content), max_pixels=LARGEST_MAX_PIXELS)
     assert rejected.value.reason in ("huge", "bad image")
+    with pytest.raises(ValueError, match="give at most that"):
+        ImageContents(8, max_pixels=LARGEST_MAX_PIXELS + 1)
 
 
 def test_prompts_alone_are_batches_without_data():
@@ -255,3 +266,65 @@ def test_bad_arguments_are_named(settings, message):
         ImageContents(**settings)
     with pytest.raises(ValueError, match=r"shape=\[3, 0, 8\]"):
         PromptContents([3, 0, 8])
+
+
+# ------------------------------------------------------------------------------------- what is read before training begins
+
+
+PROMPTS = PromptContents([3, 8, 8], "cls")
+
+
+@pytest.mark.parametrize("mode", ["resampled", "exact"])
+def test_examples_that_hang_end_the_run(mode, tmp_path):
+    shards = "pipe:sleep 9" if mode == "resampled" else str(write_numbered(tmp_path) / "*.tar")
+    contents = PromptContents([3, 8, 8], "cls")
+    if mode == "exact":
+        contents.decode = lambda members, draws: time.sleep(9)
+    module, began = numbered(tmp_path, mode, shards=shards, contents=contents, timeout=0.5), time.monotonic()
+    with pytest.raises(RuntimeError, match="data.timeout=0.5 seconds: rank 0, worker 0 reads (pipe:sleep 9|.*00000.tar)"):
+        module.examples(3)
+    assert time.monotonic() - began < 8
+
+
+def test_a_first_shard_that_hangs_ends_the_run():
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="data.timeout=0.5 seconds: reading pipe:sleep 9"):
+        WebDatasetDataModule("pipe:sleep 9", EncodedContents(), "resampled", timeout=0.5)
+    assert time.monotonic() - began < 8
+
+
+def test_dead_shards_are_not_tried_for_examples_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(resampled, "IN_A_ROW", 3)
+    shards = [f"pipe:exit {code}" for code in range(3, 9)]
+    module = on_rank(numbered(tmp_path, "resampled", shards=shards, contents=PROMPTS), folder=tmp_path)
+    with pytest.raises(RuntimeError, match="3 of 3 samples were rejected .3 unreadable., the first ones of the shards"):
+        module.examples(4)
+    assert len((tmp_path / "rejected.jsonl").read_text().splitlines()) == 3
+
+
+def test_examples_are_read_once_and_their_rejects_counted(tmp_path, monkeypatch):
+    write_tar(tmp_path / "a.tar", [*member(1), ("002.cls", b" "), *member(3)])
+    module = on_rank(numbered(tmp_path, "resampled", contents=PROMPTS), folder=tmp_path)
+    first = module.examples(3)
+    assert first.prompts == ["1", "3", "1"] and module.rejects.counts == {"no caption": 1} and module.rejects.seen == 3
+    monkeypatch.setattr(webdataset, "first_samples", None)
+    assert module.examples(3) is first
+
+
+@pytest.mark.parametrize("odd", [{"more.npy": to_npy(numpy.zeros(2))}, {"json": b'{"labels": 1, "other": 2}'}, {"json": b"{"}])
+def test_one_odd_first_sample_does_not_make_all_others_odd(odd, tmp_path):
+    def make(number: int) -> dict[str, bytes]:
+        return pairs.inverted(number) | (odd if number == 0 else {})
+
+    folder = Path(pairs.write(tmp_path / "pairs", make=pairs.inverted))
+    first, header = folder / "00000-of-00003.tar", pairs.HEADER | {"of": 3, "total": 11, "shard": 0}
+    with tarfile.open(first) as archive:
+        null = archive.extractfile("__null__").read()
+    samples = [(f"{number:09d}.{name}", content) for number in range(3) for name, content in make(number).items()]
+    write_tar(first, [("__header__", json.dumps(header).encode()), ("__null__", null), *samples])
+    module = numbered(folder, "resampled", contents=DrawnContents(), batches_per_epoch=20, shuffle_buffer=0)
+    kept = dict(module.contents.__dict__)
+    assert kept["names"] == {"x0.npy", "noise.npy", "json"} and kept["record"].keys() == {"labels"}
+    assert sum(map(len, on_rank(module, folder=tmp_path).train_dataloader())) == 60
+    assert set(module.rejects.counts) <= {"other members", "bad json"}
+    assert {key for _, key, _ in module.rejects.named} == {"000000000"}

@@ -87,6 +87,17 @@ def test_epochs_are_parts_of_one_stream(workers, folder):
     assert epochs == stream(folder, 12, num_workers=workers)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("mode", ["exact", "resampled"])
+def test_without_a_timeout_the_batches_are_the_same(mode, workers, folder):
+    settings = {"batches_per_epoch": 3, "num_workers": workers}
+    waits, does_not = ([], [])
+    for timeout, found in ((None, waits), (60.0, does_not)):
+        loader = on_rank(numbered(folder, mode, timeout=timeout, **settings)).train_dataloader()
+        found += [numbers(batch) for _ in range(2) for batch in loader]
+    assert waits == does_not and len(waits) == 6
+
+
 def test_samples_are_mixed_in_the_buffer(folder):
     in_order = [number for batch in stream(folder, 20, shuffle_buffer=0) for number in batch]
     mixed = [number for batch in stream(folder, 20, shuffle_buffer=30) for number in batch]

@@ -8,6 +8,9 @@ Pictures, texts, labels, JSON and arrays are decoded by the endings of their nam
 samples have, all must have; arrays of one name must be of one shape and type. With ``--contents``, a YAML file with what the
 config has under ``data.init_args.contents``, each sample is also decoded as training does. Where a tar has a manifest beside
 it, its size, its hash and the number of its samples must be those written there. Ends with 1 if anything is wrong.
+
+The index that training in exact order needs of each shard is kept on the way, beside it or in ``--index-cache``, a folder that
+``data.index_cache`` then names: training does not read the headers of all shards when it starts.
 """
 
 from __future__ import annotations
@@ -99,7 +102,7 @@ def table(reports: list[ShardReport]) -> str:
     for reason, found in by_reason(reports).items():
         lines += [f"{reason}: {shard} {key} ({detail})" for shard, key, detail in found[:SHOWN]]
         lines += [f"{reason}: and {len(found) - SHOWN} more"] * (len(found) > SHOWN)
-    return "\n".join(lines)
+    return "\n".join(lines).encode(errors="backslashreplace").decode()  # names in tars need be no UTF-8
 
 
 def record(reports: list[ShardReport]) -> dict[str, Any]:
@@ -129,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--contents", help="YAML file that says what a sample is, class_path and init_args")
     parser.add_argument("--out", help="JSON file for everything that was found")
     parser.add_argument("--workers", type=int, default=1, help="processes that read")
+    parser.add_argument("--index-cache", help="folder of the shards' indices; default: beside each shard")
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="of a picture; one of more is wrong")
     arguments = parser.parse_args(argv)
     for name in ("workers", "max_pixels"):
@@ -138,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         files, contents = files_of(arguments.patterns), read_contents(arguments.contents)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    check = partial(check_shard, most_pixels=arguments.max_pixels, contents=contents)
+    check = partial(check_shard, most_pixels=arguments.max_pixels, contents=contents, index_cache=arguments.index_cache)
     with ProcessPoolExecutor(arguments.workers) as pool:
         found = pool.map(check, files) if arguments.workers > 1 else map(check, files)
         reports = list(tqdm(found, total=len(files), desc="checking", unit="shard", disable=None))
@@ -147,6 +151,9 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(content, indent=1))
     print(table(reports))
+    if unkept := [report for report in reports if report.unkept]:
+        words = f"of {unkept[0].file}: {unkept[0].unkept}; give --index-cache a folder that can be written"
+        print(f"{len(unkept)} indices could not be kept, that {words}")
     wrong = ", ".join(f"{count} {reason}" for reason, count in content["wrong"].items())
     print(f"{len(reports)} shards, {content['samples']} samples: {wrong or 'nothing wrong'}")
     sys.exit(1 if wrong else 0)

@@ -7,7 +7,8 @@
 The pictures are those of a folder, with the captions beside them (``a.png`` and ``a.txt``) if there are any; those that a
 table names, with a caption or a label in its columns; or scikit-learn's digits. Files go into the tars as they are, in an order
 that is drawn from ``--seed``. Without ``--shard`` all shards are made in turn. A finished shard is not made again, a half one
-leaves nothing: start the same command again. Beside each shard is its manifest, which is written last.
+leaves nothing: start the same command again. Beside each shard are its index, by which training in exact order reads it, and
+its manifest, which is written last.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from datamodules.order import permutation
 from datamodules.pictures import Pictures
 from datamodules.shards import differences, shard_name
 from datamodules.streams.decoding import FORMATS
+from datamodules.tar_index import read_index
 from distill.checkpoints import TEMPORARY, atomic_writer
 
 FORMAT = 1
@@ -232,7 +234,7 @@ def finished_shards(out: Path, header: dict[str, Any]) -> set[int]:
 
 
 def write_shard(out: Path, header: dict[str, Any], source: Source) -> None:
-    """Writes one shard under a temporary name and, when it is whole, its manifest."""
+    """Writes one shard under a temporary name and, when it is whole, its index and its manifest."""
     from webdataset import TarWriter
 
     number, of, total = header["shard"], header["of"], header["total"]
@@ -248,6 +250,7 @@ def write_shard(out: Path, header: dict[str, Any], source: Source) -> None:
             counts.update(members.keys())
     with open(path.with_suffix(".tar"), "rb") as file:
         digest, size = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+    read_index(path.with_suffix(".tar"))
     manifest = {"header": header, "count": end - first, "bytes": size, "sha256": digest, "first": first}
     with atomic_writer(path.with_suffix(".json")) as file:
         file.write(json.dumps(manifest | {"endings": counts, "sources": [source.names[item] for item in items]}).encode())

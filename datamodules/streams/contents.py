@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from datamodules.streams.decoding import FORMATS, MAX_PIXELS, Bytes, Draws, crop_and_resize, decode_array, decode_picture
+from datamodules.streams.decoding import (
+    FORMATS,
+    LARGEST_MAX_PIXELS,
+    MAX_PIXELS,
+    Bytes,
+    Draws,
+    crop_and_resize,
+    decode_array,
+    decode_picture,
+)
 from datamodules.streams.rejects import Reject
 from distill.types import Batch, DataSpec, label_conditions
 
@@ -120,7 +129,7 @@ class ImageContents(Contents):
 
     The shorter side is resized to ``resize`` pixels (Lanczos) and a square cut. Pictures are turned upright as their EXIF data
     say, palettes, CMYK and 16 bits converted, transparent parts are white. Arrays ``(channels, size, size)``, float32 in
-    [-1, 1] or uint8, are taken as they are but for the flip.
+    [-1, 1] (others are rejected) or uint8, are taken as they are but for the flip.
 
     Args:
         size: height and width that are delivered.
@@ -154,6 +163,8 @@ class ImageContents(Contents):
     ):
         if size < 1 or max_pixels < 1:
             raise ValueError(f"size={size}, max_pixels={max_pixels}: give numbers of at least 1.")
+        if max_pixels > LARGEST_MAX_PIXELS:
+            raise ValueError(f"max_pixels={max_pixels}: PIL opens none of more than {LARGEST_MAX_PIXELS}; give at most that.")
         if not 2 <= levels <= 256:
             raise ValueError(f"levels={levels}: give 2 to 256.")
         if resize is not None and resize < size:
@@ -183,7 +194,7 @@ class ImageContents(Contents):
         assert self.num_classes is not None
         try:
             label = int(value)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             label = -1
         if isinstance(value, bool | float) or not 0 <= label < self.num_classes:
             raise Reject("bad label", f"{value!r:.80} is not one of 0 to {self.num_classes - 1}")

@@ -16,6 +16,10 @@ MAX_PIXELS = 89_478_485
 """From here on PIL warns of a decompression bomb: a quarter of a gigabyte of RGB."""
 ORIENTATION = 0x0112
 """EXIF's tag."""
+LARGEST_MAX_PIXELS = 2 * MAX_PIXELS
+"""From here on PIL refuses to open."""
+ROUNDING = 1e-3
+"""By which float images may exceed [-1, 1]: that of half precision."""
 Bytes = bytes | memoryview
 Draws = tuple[float, float, float]
 """Three numbers in [0, 1): where a random crop lies in width and height, whether a picture is flipped (below one half)."""
@@ -85,7 +89,7 @@ def decode_array(content: Bytes, shape: tuple[int, ...]) -> numpy.ndarray:
     """An image ``shape`` = ``(c, h, w)`` that was stored as an array, in [-1, 1]: as float32, or as uint8 of 0..255.
 
     Raises:
-        Reject: ``bad array``, ``other shape``, ``not finite``.
+        Reject: ``bad array``, ``other shape``, ``not finite``, ``out of range``.
     """
     array = read_array(content)
     if array.shape != shape:
@@ -94,7 +98,9 @@ def decode_array(content: Bytes, shape: tuple[int, ...]) -> numpy.ndarray:
         return array
     if not numpy.issubdtype(array.dtype, numpy.floating):
         raise Reject("bad array", f"an image of {array.dtype}: store float32 in [-1, 1], or uint8")
-    return check_finite(array).astype(numpy.float32)
+    if (largest := numpy.abs(check_finite(array)).max(initial=0)) > 1 + ROUNDING:
+        raise Reject("out of range", f"{largest:g}: store float32 in [-1, 1], or 0..255 as uint8")
+    return array.astype(numpy.float32)
 
 
 def read_array(content: Bytes) -> numpy.ndarray:

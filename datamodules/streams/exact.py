@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from dataclasses import replace
+from pathlib import Path
 
 import numpy
 import torch
@@ -17,11 +18,13 @@ from datamodules.streams.contents import Contents, Row
 from datamodules.streams.decoding import Bytes, Draws
 from datamodules.streams.grouped_order import GroupedOrder
 from datamodules.streams.rejects import IN_A_ROW, Fetched, Reject, Rejected
-from datamodules.tar_index import TarIndex
+from datamodules.tar_index import TarIndex, kept_keys
 from distill.types import Batch
 
 MOST_BYTES = 1 << 29
 """Of one member: a larger one is rejected unread."""
+KEYS_KEPT = 16
+"""Shards whose keys are held, once they were looked up: as many as are mixed by default."""
 AUGMENTATION = 1
 """Sets the draws of augmentations apart from those of the order, whose SeedSequence has no spawn key."""
 
@@ -29,29 +32,47 @@ AUGMENTATION = 1
 class IndexedSamples:
     """The samples of plain tars, numbered over all of them and read at any time.
 
+    Of the indices the places of wanted members alone are held; the key of a sample is looked up when it is to be named.
+
     Args:
-        indices: of the tars.
+        indices: of the tars; taken one by one.
         contents: what a sample is.
+        cache: folder of the indices, see `datamodules.tar_index.read_index`.
+
+    Attributes:
+        digest: a hash of names, sizes and keys of the shards, wherever they lie.
     """
 
-    def __init__(self, indices: list[TarIndex], contents: Contents):
-        self.indices, self.contents, self.files = indices, contents, OpenFiles()
-        self.sizes = [len(index.keys) for index in indices]
+    def __init__(self, indices: Iterable[TarIndex], contents: Contents, cache: str | Path | None = None):
+        self.contents, self.cache, self.files = contents, cache, OpenFiles()
+        self.indices: list[TarIndex] = []
+        self.sizes: list[int] = []
+        digest = hashlib.sha256()
+        for index in indices:
+            heading = f"{index.file.name} {index.size} {len(index.keys)}\n"
+            digest.update((heading + "\n".join(index.keys)).encode(errors="surrogateescape"))  # names need be no UTF-8
+            self.indices.append(_wanted(index, contents))
+            self.sizes.append(len(index.keys))
+        self.digest = digest.hexdigest()[:12]
         self.ends = numpy.cumsum(self.sizes).tolist()
-        self.columns = [[(n, column) for column, n in enumerate(index.names) if contents.wants(n)] for index in indices]
+        self.columns = [[(name, column) for column, name in enumerate(index.names)] for index in self.indices]
         self.opened = torch.full((1,), -1)
+        self._keys: dict[int, list[str]] = {}
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
-    @cached_property
-    def digest(self) -> str:
-        """A hash of names, sizes and keys of the shards, wherever they lie."""
-        digest = hashlib.sha256()
-        for index in self.indices:
-            digest.update(f"{index.file.name} {index.size} {len(index.keys)}\n".encode())
-            digest.update("\n".join(index.keys).encode())
-        return digest.hexdigest()[:12]
+    def key(self, shard: int, row: int) -> str:
+        """The key of a sample of a shard, or its number in it, if neither the shard nor its index is there any more."""
+        if shard not in self._keys:
+            if len(self._keys) == KEYS_KEPT:
+                del self._keys[next(iter(self._keys))]
+            try:
+                self._keys[shard] = kept_keys(self.indices[shard].file, self.cache)
+            except (OSError, ValueError):
+                self._keys[shard] = []
+        keys = self._keys[shard]
+        return keys[row] if row < len(keys) else f"number {row}"
 
     def problems(self) -> list[Rejected]:
         """What the tars lack, but for members without bytes, which are rejected when they are read."""
@@ -71,7 +92,7 @@ class IndexedSamples:
         try:
             return self.contents.decode(self._members(shard, row), draws)
         except Reject as reject:
-            return Rejected(str(index.file), index.keys[row], reject.reason, reject.detail)
+            return Rejected(str(index.file), self.key(shard, row), reject.reason, reject.detail)
 
     def _members(self, shard: int, row: int) -> dict[str, Bytes]:
         index = self.indices[shard]
@@ -86,10 +107,17 @@ class IndexedSamples:
             try:
                 members[name] = content = self.files.read(index.file, begin, size)
             except OSError as error:
-                raise Reject("missing", error) from error
+                raise Reject("missing" if isinstance(error, FileNotFoundError) else "unreadable", error) from error
             if len(content) < size:
                 raise Reject("truncated", f"{name}: {len(content)} of {size} bytes are there")
         return members
+
+
+def _wanted(index: TarIndex, contents: Contents) -> TarIndex:
+    """The index without keys, and without the members that are not read."""
+    columns = [column for column, name in enumerate(index.names) if contents.wants(name)]
+    places = index.places[:, columns].astype(numpy.int32 if index.size < 2**31 else numpy.int64)
+    return replace(index, keys=[], names=[index.names[column] for column in columns], places=places)
 
 
 class NumberedBatches(Dataset):

@@ -8,14 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from datamodules.order import ResumableLoader
 from datamodules.streams.rejects import Fetched
-from datamodules.workers import outlive_signals
+from datamodules.workers import iterate
 from distill.types import Batch
 
 
@@ -57,32 +56,23 @@ class CheckedLoader(ResumableLoader):
             yield self.receive(next(self.stream))
 
     def _open(self, order: list | None) -> Iterator[Fetched]:
-        own = torch.Generator().manual_seed(0)  # see OrderedLoader
-        wait = (self.timeout or 0) if self.num_workers else 0
-        loader: Any = DataLoader(
-            self.dataset,
-            sampler=order,
-            batch_size=None,
-            num_workers=self.num_workers,
-            generator=own,
-            timeout=wait,
-            worker_init_fn=outlive_signals,
-        )
-        return loader if self.timeout is None else Watched(loader, self.timeout, not self.num_workers, self.reading)
+        wait = (self.timeout or 0.0) if self.num_workers else 0.0
+        items = iterate(self.dataset, order, self.num_workers, wait)
+        return items if self.timeout is None else Watched(items, self.timeout, not self.num_workers, self.reading)
 
 
 class Watched(Iterator[Fetched]):
     """The items of a loader, or an error when one takes too long.
 
     Args:
-        loader: that is iterated over.
+        items: what iterating over the loader gives.
         timeout: seconds.
         on_thread: whether a thread takes the items, one by one as they are asked for, for a loader that cannot time out itself.
         reading: says what is being read.
     """
 
-    def __init__(self, loader: Any, timeout: float, on_thread: bool, reading: Callable[[], str]):
-        self.items, self.timeout, self.reading = iter(loader), timeout, reading
+    def __init__(self, items: Iterator[Fetched], timeout: float, on_thread: bool, reading: Callable[[], str]):
+        self.items, self.timeout, self.reading = items, timeout, reading
         self.asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self.given: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         self.on_thread = on_thread
@@ -113,7 +103,7 @@ class Watched(Iterator[Fetched]):
 
 
 def _kill_workers(items: Any) -> None:
-    """Ends the workers of a DataLoader's iterator: deaf to SIGTERM, a stuck one would hold up the end of this process."""
+    """Ends the workers of a DataLoader's iterator at once, which torch would do one by one, waiting for each."""
     if getattr(items, "_worker_pids_set", False):
         _remove_worker_pids(id(items))  # else torch raises, wherever this process is, that they were killed
         items._worker_pids_set = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ IN_A_ROW = 1000
 """Rejected samples, one after another, after which no good one is expected any more."""
 CHECKED_AFTER = 100
 """Samples, from which on a rate is one."""
+WINDOW = 10_000
+"""Samples, the last of which have a rate of their own: in a long run an outage would hardly change that of all."""
 LINES_OF_A_REASON = 5
 LINES_IN_FILE = 10_000
 log = logging.getLogger("pytorch_lightning")
@@ -58,19 +60,22 @@ class Rejects:
     """Counts the rejected samples of one rank since its process began.
 
     Each is a line of ``RUN/rejected.jsonl`` (of ranks above 0 ``rejected_RANK.jsonl``) and, the first few of a reason, of the
-    log, both once a process. Rank 0's total is logged as ``data/rejected``.
+    log, both once a process. Rank 0's total is logged under ``name``.
 
     Args:
-        max_rate: share of all samples that may be rejected.
+        max_rate: share that may be rejected, of all samples and of the last ``WINDOW``.
+        name: of the metric.
 
     Raises:
         ValueError: a share that is none.
     """
 
-    def __init__(self, max_rate: float):
+    def __init__(self, max_rate: float, name: str = "data/rejected"):
         if not 0 <= max_rate <= 1:
             raise ValueError(f"max_reject_rate={max_rate}: give a share of all samples, 0 to 1.")
-        self.max_rate, self.seen, self.since_start = max_rate, 0, 0
+        self.max_rate, self.name, self.seen, self.since_start = max_rate, name, 0, 0
+        self.latest: deque[tuple[int, int]] = deque()
+        self.latest_seen = self.latest_rejected = 0
         self.counts: Counter[str] = Counter()
         self.named: set[tuple[str, str, str]] = set()
         self.logged = (0, 0)
@@ -79,15 +84,27 @@ class Rejects:
         """Counts the samples of a batch.
 
         Raises:
-            RuntimeError: more than ``max_rate`` of all samples were rejected, of at least 100.
+            RuntimeError: more than ``max_rate`` of all samples were rejected, of at least 100, or of the last ``WINDOW``.
         """
         self.seen, self.since_start = self.seen + seen, self.since_start + len(rejected)
+        self._slide(seen, len(rejected))
         if rejected:
             self.note(rejected, trainer)
         if trainer is not None:
             self._log(trainer)
         if self.seen >= CHECKED_AFTER and self.since_start > self.max_rate * self.seen:
             raise self.error(f"more than data.max_reject_rate={self.max_rate}", trainer)
+        if self.latest_seen >= CHECKED_AFTER and self.latest_rejected > self.max_rate * self.latest_seen:
+            latest = f"{self.latest_rejected} of the last {self.latest_seen}"
+            raise self.error(f"{latest}, more than data.max_reject_rate={self.max_rate}", trainer)
+
+    def _slide(self, seen: int, rejected: int) -> None:
+        """Takes a batch into the window, and out of it those before the last ``WINDOW`` samples."""
+        self.latest.append((seen, rejected))
+        self.latest_seen, self.latest_rejected = self.latest_seen + seen, self.latest_rejected + rejected
+        while self.latest_seen - self.latest[0][0] >= WINDOW:
+            gone = self.latest.popleft()
+            self.latest_seen, self.latest_rejected = self.latest_seen - gone[0], self.latest_rejected - gone[1]
 
     def note(self, rejected: list[Rejected], trainer: Trainer | None) -> None:
         """Counts and names samples, without a look at the rate."""
@@ -117,7 +134,7 @@ class Rejects:
         if total > before and (not before or step >= last + every):
             self.logged = (step, total)
             for logger in trainer.loggers:
-                logger.log_metrics({"data/rejected": float(total)}, step=step)
+                logger.log_metrics({self.name: float(total)}, step=step)
 
     def error(self, why: str, trainer: Trainer | None) -> RuntimeError:
         """The error to raise, which names the counts."""

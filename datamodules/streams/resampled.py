@@ -29,12 +29,29 @@ def decoded(raw: Raw, contents: Contents, draws: Draws | None) -> Row | Rejected
         return Rejected(raw.shard, raw.key, reject.reason, reject.detail)
 
 
-def good_rows(shard: str, contents: Contents) -> Iterator[Row]:
-    """The samples of a shard that can be used, without augmentation."""
-    for raw in Shard(shard, contents):
-        row = decoded(raw, contents, None) if isinstance(raw, Raw) else raw
-        if not isinstance(row, Rejected):
-            yield row
+def first_samples(shards: list[str], contents: Contents, count: int, opened: Tensor) -> Fetched:
+    """The first good samples of the shards, without augmentation, again and again if there are fewer than ``count``.
+
+    After ``IN_A_ROW`` rejected ones no more are looked for; None where there is no good one.
+    """
+    rows: list[Row] = []
+    rejected: list[Rejected] = []
+    for one in _in_turn(shards, contents, opened):
+        if isinstance(one, Rejected):
+            rejected.append(one)
+        else:
+            rows.append(one)
+        if len(rows) == count or len(rejected) == IN_A_ROW:
+            break
+    batch = contents.batch([rows[number % len(rows)] for number in range(count)]) if rows else None
+    return Fetched(batch, len(rows) + len(rejected), rejected)
+
+
+def _in_turn(shards: list[str], contents: Contents, opened: Tensor) -> Iterator[Row | Rejected]:
+    for number, shard in enumerate(shards):
+        opened[0] = number
+        for one in Shard(shard, contents):
+            yield decoded(one, contents, None) if isinstance(one, Raw) else one
 
 
 class _NothingGood(Exception):

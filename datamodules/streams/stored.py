@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,9 @@ from datamodules.streams.contents import Contents, Row
 from datamodules.streams.decoding import Bytes, Draws, check_finite, read_array
 from datamodules.streams.rejects import Reject
 from distill.types import Batch
+
+LEARNT_FROM = 16
+"""Samples that say what all must be."""
 
 
 class _Given(ShardRows):
@@ -72,6 +78,29 @@ class StoredContents(Contents):
             wanted = " or ".join(self.kinds)
             raise ValueError(f"shards: {shard}: {found} of format {known}, not {wanted}; {again(self.kinds[0])}.")
         self.shapes = {"x0": tuple(self.header["shape"])} | {name: tuple(row.shape[1:]) for name, row in self.null.items()}
+
+    def learn(self, samples: Iterable[Mapping[str, Bytes]]) -> None:
+        """Takes from the first samples what the header does not say: names of members, keys of records, shapes of arrays.
+
+        What most of the good ones are is expected of all. Done before there are workers, each of which would otherwise expect
+        what the first sample is that it happens to see.
+        """
+        found: list[StoredContents] = []
+        for members in samples:
+            one = copy(self)
+            one.shapes = dict(self.shapes)
+            for own in ("names", "record"):
+                one.__dict__.pop(own, None)
+            with suppress(Reject):
+                one.decode(members, None)
+                found.append(one)
+        counts = Counter(one._expected() for one in found)
+        if usual := next((one for one in found if one._expected() == counts.most_common(1)[0][0]), None):
+            self.__dict__.update(usual.__dict__)
+
+    def _expected(self) -> str:
+        own = self.__dict__
+        return f"{sorted(own['names'])} {sorted(own.get('record', ()))} {sorted(self.shapes.items())}"
 
     def check_header(self, header: bytes | None) -> None:
         try:

@@ -1,7 +1,7 @@
 """Preemption: a signal becomes a checkpoint, ``RUN/REQUEUE`` and exit code 75, on every rank after the same step.
 
-A run that is complete leaves ``RUN/DONE`` instead and ends with 0, so that a job script need not guess: 75 and REQUEUE, start
-again with ``--ckpt_path last``; 0 and DONE, finished; anything else, failed.
+A run that is complete, the validation of its last step included, leaves ``RUN/DONE`` instead and ends with 0, so that a job
+script need not guess: 75 and REQUEUE, start again with ``--ckpt_path last``; 0 and DONE, finished; anything else, failed.
 
 Lightning's own handling is off. It answers SIGTERM with a broadcast inside of the signal handler, whatever the rank is in the
 middle of, polls a flag on the device before each batch (a synchronisation) and hides the errors of that poll; its requeue lost
@@ -26,6 +26,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.utilities import rank_zero_info
 
+from distill.callbacks.missed_validation import is_missed, validate
 from distill.callbacks.signals import LISTENER
 from distill.checkpoints import RunCheckpoint, atomic_writer
 
@@ -53,7 +54,8 @@ class Preemption(Checkpoint):
     Signals are looked at when a step has ended, all ranks together: one that comes during the start, a validation or a save is
     acted on when the next step is done (or, before the first, when training would start), one that comes after the last step
     is not, for the run is about to finish. So a notice must be longer than a validation, or else steps since the last save are
-    lost; by default each validation has a save just before it. A second signal changes nothing.
+    lost; by default each validation has a save just before it. A second signal changes nothing. The validation of a step that
+    a run was left or killed at is made when it starts again, before training goes on and before DONE: see `is_missed`.
 
     Ranks agree through a gloo group of their own: on a GPU's group each step would wait for the device. (If gloo finds no
     way between the nodes, name the network interface in ``GLOO_SOCKET_IFNAME``.)
@@ -75,6 +77,7 @@ class Preemption(Checkpoint):
             return
         self.listening, self.ended = LISTENER.start(), False
         without_signal_handling(trainer)
+        setattr(trainer.fit_loop, "run", lambda: self._fit(trainer))
         self.group = None
         if trainer.world_size > 1:
             self.group = torch.distributed.new_group(backend="gloo", timeout=self.timeout)
@@ -93,7 +96,7 @@ class Preemption(Checkpoint):
         if getattr(pl_module, "within_step", False) or trainer.global_step == trainer.max_steps:
             return
         if number := self._largest(LISTENER.received):
-            next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)).save(trainer)
+            run_checkpoint(trainer).save(trainer)
             self._leave(trainer, number)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,6 +125,16 @@ class Preemption(Checkpoint):
 
     # ------------------------------------------------------------------------------------------------------------------
 
+    def _fit(self, trainer: Trainer) -> None:
+        """What Lightning runs instead of its loop, which comes after. No hook is called where there are no steps left to do."""
+        loop, done = trainer.fit_loop, Path(trainer.default_root_dir) / DONE
+        complete = done.is_file() and json.loads(done.read_text()).get("step") == trainer.global_step
+        if self._largest(int(not complete and is_missed(trainer, run_checkpoint(trainer).validated_step))):
+            if number := self._largest(LISTENER.received):
+                self._leave(trainer, number)
+            validate(trainer)
+        type(loop).run(loop)
+
     def _largest(self, number: int) -> int:
         """The largest over the ranks; each waits for all others."""
         if self.group is None:
@@ -149,6 +162,11 @@ class Preemption(Checkpoint):
     def _remove(self, trainer: Trainer, name: str) -> None:
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             (Path(trainer.default_root_dir) / name).unlink(missing_ok=True)
+
+
+def run_checkpoint(trainer: Trainer) -> RunCheckpoint:
+    """What keeps the run's checkpoints."""
+    return next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint))
 
 
 def without_signal_handling(trainer: Trainer) -> None:

@@ -12,5 +12,8 @@
 # The network between nodes, where the first one found is the wrong one (`ip -brief address` names them).
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
+# What torch.compile makes, on a disk of the node's own: ranks of all nodes would write to one folder of a home directory.
+# export TORCHINDUCTOR_CACHE_DIR=/tmp/$USER/inductor TRITON_CACHE_DIR=/tmp/$USER/triton
+
 # Threads of each rank; by default each would take all cores of the node.
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}

@@ -103,8 +103,8 @@ def test_memory_counts_weights_gradients_moments_and_the_teacher(monkeypatch, tm
     monkeypatch.setattr(preflight.os, "sysconf", lambda name: 2 if name == "SC_PHYS_PAGES" else pages)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: USAGE(0, 0, free))
     for pages, kind in ((4 * 4510, "ok"), (4 * 4510 - 1, "WRONG")):  # of two pages in all, one for each of two ranks
-        (found,) = preflight.memory(model, ranks(), True, tmp_path)
+        (found,) = preflight.memory(model, ranks(), True, tmp_path, "auto")
         assert found[0] == kind and found[1].startswith("memory")
     free = 3 * 4 * 3010 - 1
-    found = list(preflight.memory(model, ranks(), True, tmp_path))
+    found = list(preflight.memory(model, ranks(), True, tmp_path, "auto"))
     assert found[-1][0] == "WRONG" and "three checkpoints" in found[-1][1]

@@ -38,6 +38,7 @@ def ended(cluster: Cluster, job: str, tmp_path: Path) -> tuple[str, str, str]:
 
 
 PREEMPTED = 'echo {} >"$RUN/REQUEUE"; exit 75'
+SAVES = 'mkdir -p "$RUN/checkpoints"; date +%N >"$RUN/checkpoints/last.ckpt"'
 SECOND_TIME = 'if [ -n "$SLURM_RESTART_COUNT" ]; then echo {} >"$RUN/DONE"; exit 0; fi'
 
 
@@ -61,9 +62,19 @@ def test_a_failure_is_not_started_again_whatever_an_earlier_start_left(start: St
 
 
 def test_restarts_are_capped(start: Start, cluster: Cluster, tmp_path: Path) -> None:
-    state, restarts, said = ended(cluster, start(PREEMPTED, MAX_RESTARTS="2"), tmp_path)
+    state, restarts, said = ended(cluster, start(f"{SAVES}; {PREEMPTED}", MAX_RESTARTS="2"), tmp_path)
     assert (state, restarts) == ("FAILED", "2") and "MAX_RESTARTS=2" in said
     assert len((tmp_path / "words").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("leaves", [PREEMPTED, "kill -USR1 $$"], ids=["before a step", "before Python listens"])
+def test_three_starts_in_a_row_that_save_nothing_are_the_end(
+    leaves: str, start: Start, cluster: Cluster, tmp_path: Path
+) -> None:
+    """A start that saves in between is progress: the third, fourth and fifth are those in a row."""
+    body = f'[ "$SLURM_RESTART_COUNT" != 1 ] || {{ {SAVES}; }}; {leaves}'
+    state, restarts, said = ended(cluster, start(body), tmp_path)
+    assert (state, restarts) == ("FAILED", "4") and "preempted three times in a row before a step was saved" in said
 
 
 @pytest.mark.parametrize(
@@ -114,6 +125,49 @@ def test_a_second_job_in_the_same_run_folder_is_refused(start: Start, cluster: C
     assert f"job {first} trains there" in (tmp_path / "out").read_text() + (tmp_path / "second").read_text()
     cluster.call("scancel", first)
     cluster.wait(first, *ENDED, seconds=60)
+
+
+def fake_squeue(tmp_path: Path, body: str) -> None:
+    """Has jobs of ``start`` find a stand-in for squeue."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin/squeue"
+    program.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    program.chmod(0o755)
+
+
+def test_a_run_folder_of_a_job_that_is_forgotten_is_taken_over_with_what_it_left(
+    start: Start, cluster: Cluster, tmp_path: Path
+) -> None:
+    run = cluster.folder / "forgotten"  # short enough for a TMPDIR in it
+    (run / "tmp/of a worker").mkdir(parents=True)
+    (run / "JOB").write_text("999999\n")
+    job = start('ls "$TMPDIR" >"$RUN/found"; echo {} >"$RUN/DONE"', RUN=str(run))
+    assert ended(cluster, job, tmp_path)[0] == "COMPLETED"
+    assert (run / "JOB").read_text() == f"{job}\n" and not (run / "found").read_text() and not list(run.glob("JOB.*"))
+
+
+@pytest.mark.parametrize(
+    ("squeue", "words"),
+    [
+        ("echo Unable to contact slurm controller >&2; exit 1", "does job 7 still train there? squeue says: Unable to contact"),
+        ('echo 8 >"$RUN/JOB"', "job 7 trains there"),  # another job has taken it over meanwhile
+    ],
+)
+def test_a_run_folder_that_may_be_another_jobs_is_left_to_it(
+    squeue: str, words: str, start: Start, cluster: Cluster, tmp_path: Path
+) -> None:
+    fake_squeue(tmp_path, squeue)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/JOB").write_text("7\n")
+    state, _, said = ended(cluster, start("exit 0"), tmp_path)
+    assert state == "FAILED" and words in said and not (tmp_path / "words").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["JOB"]
+    assert (tmp_path / "run/JOB").read_text() == ("8\n" if "JOB" in squeue else "7\n")
+
+
+def test_srun_waits_for_the_rank_that_ends_last_whatever_the_site_says(start: Start, cluster: Cluster, tmp_path: Path) -> None:
+    body = '[ "$SLURM_PROCID" = 1 ] || { sleep 6; echo {} >"$RUN/DONE"; }'
+    assert ended(cluster, start(body, "--nodes=2", SLURM_WAIT="2"), tmp_path)[:2] == ("COMPLETED", "0")
 
 
 def test_what_a_rank_finds_in_its_environment(start: Start, cluster: Cluster, tmp_path: Path) -> None:
