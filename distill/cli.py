@@ -7,6 +7,7 @@ is named by its short name: every module of ``distill`` and ``datamodules`` is i
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import inspect
 import os
@@ -287,3 +288,18 @@ def main(args: list[str] | None = None) -> None:
         warnings.filterwarnings("ignore", message)
     import_parts()
     DistillCLI(args)
+
+
+def run() -> NoReturn:
+    """`main` as a program: ends with its exit code.
+
+    What is left of a run, data and process groups among it, is freed first. Python would end with their threads alive, and one
+    that then wants to do something aborts the process (seen with gloo: exit code 134 of a run that was complete).
+    """
+    code: Any = 0
+    try:
+        main()
+    except SystemExit as left:
+        code = left.code
+    gc.collect()  # trainer, model and callbacks hold each other; the groups that they held are destroyed by Lightning at exit
+    sys.exit(code)

@@ -16,12 +16,14 @@ import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from forked_ranks import Ranks
 from interruptions import finish_and_compare, kill_often
 from lightning_fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lightning_fabric.utilities.distributed import _destroy_dist_connection
 from pytorch_lightning import Trainer
 from resuming import same
 from tiny_run import process, write_recipe
@@ -364,6 +366,32 @@ def test_all_ranks_leave_when_one_is_told_to(fit, run, name, hook, step, left_at
     assert (requeue["step"], requeue["signal"], done) == (left_at, name, None) and saved == (left_at or None)
     if left_at:
         finish_and_compare(fit, run, 2, 6)
+
+
+def threads() -> list[str]:
+    """Names of the threads of this process, those of C++ too."""
+    return sorted(file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm"))
+
+
+@pytest.mark.parametrize("words, code", [([], 0), (at("on_train_batch_start", 2), EXIT_PREEMPTED)], ids=["whole", "told"])
+def test_no_thread_of_a_run_is_left_when_python_ends(fit, run, words, code):
+    """At exit Lightning destroys process groups, which ends those that nothing holds any more."""
+
+    def program():
+        sys.argv = [*sys.argv, *fit, "--trainer.devices=2", "--trainer.strategy=ddp", *words]
+        try:
+            cli.run()
+        except SystemExit as left:
+            during = threads()
+            _destroy_dist_connection()
+            Path(f"threads{os.environ['LOCAL_RANK']}").write_text(json.dumps([left.code, during, threads()]))
+            os._exit(0)
+
+    together = Ranks([], 2, run.parent, program)
+    assert together.wait() == [0, 0], together.output()
+    for rank in range(2):
+        left, during, after = json.loads((run.parent / f"threads{rank}").read_text())
+        assert left == code and "pt_gloo_runloop" in during and not [name for name in after if "gloo" in name]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

@@ -182,11 +182,13 @@ def leave_children_alone(trainer: Trainer) -> None:
 
 def end_within(seconds: float, exception: BaseException) -> None:
     """Ends this process if it is still there after so long, and prints the exception, which Python would do at the very end."""
+    said = "".join(traceback.format_exception(exception))  # holds nothing of the run, which is to be freed
+    code = EXIT_PREEMPTED if isinstance(exception, Preempted) else 1
 
     def end() -> None:
-        traceback.print_exception(exception)
+        sys.stderr.write(said)
         sys.stderr.flush()
-        os._exit(EXIT_PREEMPTED if isinstance(exception, Preempted) else 1)
+        os._exit(code)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
