@@ -5,7 +5,8 @@
 Methods: ``consistency`` (configs/digits/cd.yaml), ``sid`` and ``dmd2`` (configs/digits/sid.yaml, dmd2.yaml) on the digits
 network. The two are timed in one process, in turn, batch by batch: between two batches of the real Trainer (data, loop, losses,
 clipping, optimiser, averages) one bare step of the same player is made and timed apart. Nothing is written to loggers. The peak
-memory is the process's, the bare loop's networks included.
+memory is the process's, the bare loop's networks included. With ``--ranks 2`` it is measured instead how training scales to two
+processes (``bench_ranks.py``).
 """
 
 from __future__ import annotations
@@ -174,10 +175,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="batches that are timed")
     parser.add_argument("--warmup", type=int, default=6, help="batches before them")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each process")
+    parser.add_argument("--ranks", type=int, default=1, help="more than 1: how training scales to so many processes")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    if arguments.ranks > 1:
+        report_scaling(arguments)
+        return
     timer = BareSteps(BareLoop(arguments.method))
     trainer = Trainer(
         max_steps=arguments.steps + arguments.warmup + 1,
@@ -194,6 +199,17 @@ def main() -> None:
     timer.loop.to(trainer.strategy.root_device)
     trainer.fit(method, datamodule=DigitsDataModule(arguments.batch_size))
     report(arguments, timer, method)
+
+
+def report_scaling(arguments: argparse.Namespace) -> None:
+    """One line of JSON, of rank zero; see `bench_ranks`."""
+    from bench_ranks import scaling
+
+    build = METHODS[arguments.method]
+    found = scaling(build, arguments.ranks, arguments.steps, arguments.warmup, arguments.batch_size)
+    if found:
+        settings = {key: getattr(arguments, key) for key in ("method", "ranks", "batch_size", "threads", "steps")}
+        print(json.dumps(settings | found | {"torch": torch.__version__}))
 
 
 def report(arguments: argparse.Namespace, timer: BareSteps, method: Method) -> None:
