@@ -6,7 +6,7 @@ Methods: ``consistency`` (configs/digits/cd.yaml), ``sid`` and ``dmd2`` (configs
 network. The two are timed in one process, in turn, batch by batch: between two batches of the real Trainer (data, loop, losses,
 clipping, optimiser, averages) one bare step of the same player is made and timed apart. Nothing is written to loggers. The peak
 memory is the process's, the bare loop's networks included. With ``--ranks 2`` it is measured instead how training scales to two
-processes (``bench_ranks.py``).
+processes, and what share of their time is communication (``bench_ranks.py``).
 """
 
 from __future__ import annotations
@@ -178,6 +178,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each process")
     parser.add_argument("--ranks", type=int, default=1, help="more than 1: how training scales to so many processes")
     arguments = parser.parse_args()
+    if arguments.ranks < 1:
+        parser.error(f"--ranks {arguments.ranks}: give 1 or more.")
     torch.set_num_threads(arguments.threads)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     if arguments.ranks > 1:

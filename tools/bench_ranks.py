@@ -1,62 +1,87 @@
 """How training scales to several processes, each with a batch of the same size: what ``tools/bench.py --ranks 2`` runs.
 
-First one process alone, then all of them under DDP, which exchange gradients in every other round of turns; the rounds between,
-in which everything else is the same, say what the exchange costs. So the share of communication is of the gradients alone, with
-the wait for the slowest rank; the flag of bad steps, a few bytes, is exchanged in all.
+First one process alone, then all of them under DDP, which exchange their gradients in every other round of turns. In the rounds
+between everything else is the same (DDP's buckets, its search for parameters that had no part in the loss, the few bytes of
+buffers and flags), so that they say what the exchange costs, with the wait for the slowest rank.
 """
 
 from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.strategies import DDPStrategy
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from datamodules.digits import DigitsDataModule
+from distill.callbacks.throughput import finish_work, now
 from distill.methods.base import Method
 
 
 class RoundTimes(Callback):
-    """The time of each batch, by whose turn it is and whether gradients are exchanged in it.
+    """The time of each batch, by whether gradients are exchanged in it and its place in its round.
 
     Args:
         turns: batches of a round.
-        warmup: rounds that are not timed.
+        warmup: rounds that are not timed, at least 1.
+
+    Attributes:
+        seconds: of each timed batch, by (exchanged, place).
     """
 
     def __init__(self, turns: int, warmup: int):
         self.turns, self.warmup = turns, warmup
         self.seconds: dict[tuple[bool, int], list[float]] = defaultdict(list)
-        self.ended = 0.0
+        self.number, self.ended = 0, 0.0
 
-    def exchanged(self, step: int) -> bool:
-        return (step // self.turns) % 2 == 0
+    def exchanged(self, number: int) -> bool:
+        """Whether gradients are exchanged in this 0-based batch: in every other round."""
+        return (number // self.turns) % 2 == 0
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def exchange(self, group: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+        """What DDP does with a bucket of gradients in this batch.
+
+        (`no_sync` would not do: DDP takes parameters of the players before it for parts of the loss of the batch after it.)
+        """
+        return (allreduce_hook if self.exchanged(self.number) else noop_hook)(group, bucket)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         model = trainer.strategy.model
         if isinstance(model, DistributedDataParallel):
-            model.require_backward_grad_sync = self.exchanged(pl_module.batches_seen)
+            # Wrapped, because DDP refuses annotations that are strings.
+            model.register_comm_hook(None, lambda group, bucket: self.exchange(group, bucket))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.number = pl_module.batches_seen
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step, ended = pl_module.batches_seen - 1, time.perf_counter()
-        if step >= self.warmup * self.turns:
-            self.seconds[self.exchanged(step), step % self.turns].append(ended - self.ended)
+        finish_work(trainer)
+        ended = now()
+        if self.number >= self.warmup * self.turns:
+            self.seconds[self.exchanged(self.number), self.number % self.turns].append(ended - self.ended)
         self.ended = ended
 
     def round(self, exchanged: bool) -> float:
         """Seconds of a round: the sum of its turns' medians."""
         return sum(statistics.median(self.seconds[exchanged, turn]) for turn in range(self.turns))
 
+    @property
+    def count(self) -> int:
+        """Batches that were timed."""
+        return sum(len(times) for times in self.seconds.values())
+
 
 def timed(method: Method, ranks: int, rounds: int, warmup: int, batch_size: int) -> RoundTimes:
-    """Trains for so many rounds, half of them with exchange, after the warm-up ones."""
-    times = RoundTimes(getattr(method, "critic_steps", 0) + 1, warmup)
+    """The times of ``rounds`` rounds, half of them with exchange, after ``warmup`` others."""
+    times = RoundTimes(turns_of(method), warmup)
     trainer = Trainer(
         max_steps=(warmup + rounds) * times.turns,
         callbacks=[times],
@@ -73,23 +98,40 @@ def timed(method: Method, ranks: int, rounds: int, warmup: int, batch_size: int)
     return times
 
 
+def turns_of(method: Method) -> int:
+    """Batches of a round: the critic's turns and the student's."""
+    return getattr(method, "critic_steps", 0) + 1
+
+
 def scaling(build: Callable[[], Method], ranks: int, steps: int, warmup: int, batch_size: int) -> dict[str, float]:
     """Images a second of one process and of ``ranks``, the efficiency of the latter, and the share of communication.
 
-    Lightning starts the other ranks by this very command; they leave the first measurement out.
+    Lightning starts the other ranks by this very command; they leave the first measurement out, and are returned nothing.
+
+    Args:
+        build: makes the method.
+        ranks: processes, at least 2.
+        steps, warmup: batches that are timed and that come before, in whole rounds, at least two and one.
+        batch_size: of each rank.
     """
-    turns = getattr(build(), "critic_steps", 0) + 1
+    # Without it Lightning gives the processes a number of threads of its own once it has started them.
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    method = build()
+    turns = turns_of(method)
     rounds, untimed = max(2, steps // turns), max(1, -(-warmup // turns))
     first = "LOCAL_RANK" not in os.environ
     alone = timed(build(), 1, rounds, untimed, batch_size) if first else None
-    together = timed(build(), ranks, rounds, untimed, batch_size)
+    together = timed(method, ranks, rounds, untimed, batch_size)
     if alone is None:
         return {}
     own = statistics.mean([alone.round(True), alone.round(False)])
-    rate = {"one": turns * batch_size / own, "all": turns * batch_size * ranks / together.round(True)}
+    one, all_ranks = turns * batch_size / own, turns * batch_size * ranks / together.round(True)
+    exchanged = sum(value.numel() * value.element_size() for value in method.parameters() if value.requires_grad)
     return {
-        "images_per_second_one_rank": round(rate["one"], 1),
-        "images_per_second": round(rate["all"], 1),
-        "scaling_efficiency": round(rate["all"] / (ranks * rate["one"]), 3),
+        "steps": together.count,
+        "images_per_second_one_rank": round(one, 1),
+        "images_per_second": round(all_ranks, 1),
+        "scaling_efficiency": round(all_ranks / (ranks * one), 3),
         "communication_share": round(1 - together.round(False) / together.round(True), 3),
+        "gradient_mib": round(exchanged / 2**20, 2),
     }
