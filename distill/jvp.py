@@ -77,12 +77,13 @@ class ForwardMode(JacobianVectorProduct):
     def differentiate(self, function: Function, x: Sample, t: Time, dx: Sample, dt: Time) -> tuple[Sample, Sample]:
         try:
             with sdpa_kernel(SDPBackend.MATH):
-                return torch.func.jvp(function, (x, t), (dx, dt))
+                value, derivative, *_ = torch.func.jvp(function, (x, t), (dx, dt))
         except NotImplementedError as error:
             raise ValueError(
                 f"ForwardMode: the network holds an operation without forward mode ({str(error).splitlines()[0]}); "
                 "use FiniteDifference, or plain operations (attention by scaled_dot_product_attention)."
             ) from error
+        return value, derivative
 
 
 class FiniteDifference(JacobianVectorProduct):
