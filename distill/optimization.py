@@ -97,12 +97,16 @@ class Optimization(PlayerOptimization):
         accumulate_batches: batches whose gradients make one step, of every player.
         averaging: of the evaluation average of the student.
         compile: whether the inner networks are compiled by torch.compile; checkpoints are the same.
+        channels_last: whether U-Nets of diffusers keep their channels last in memory, for which some devices have faster
+            convolutions; results are the same but for rounding (and the masks of dropout), and runs with and without continue
+            each other's checkpoints.
         max_skipped: this many steps skipped in a row, for a loss or gradient that is not finite, end the run.
     """
 
     accumulate_batches: int = 1
     averaging: Averaging = field(default_factory=lambda: lazy_instance(DecayAveraging))
     compile: bool = False
+    channels_last: bool = False
     max_skipped: int = 20
 
     def __post_init__(self) -> None:
@@ -118,6 +122,17 @@ def clip_gradients(parameters: Sequence[Tensor], max_norm: float | None) -> Tens
     if max_norm is not None:
         return nn.utils.clip_grad_norm_(parameters, max_norm)
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def match_layouts(optimizer: Optimizer) -> None:
+    """Lays states out in memory as their parameters are; a checkpoint may hold them otherwise.
+
+    A fused step on a CPU goes through both in the order of memory, and would take wrong elements together without a word.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def step_unless(bad: Tensor, optimizer: Optimizer, step: Callable[[], Any]) -> None:

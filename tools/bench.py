@@ -54,16 +54,30 @@ def denoiser() -> NetworkDenoiser:
     return NetworkDenoiser(UNet2D(channels=(32, 64), layers_per_block=1), RectifiedFlow(), "flow")
 
 
-def one_step(**settings: Any) -> dict[str, Any]:
+STEPS = {"fused": dict(fused=True), "foreach": dict(foreach=True), "loop": dict(foreach=False)}
+"""How Adam goes through the parameters: in one kernel, operation by operation on all of them, or one after the other."""
+
+
+def optimization_of(arguments: argparse.Namespace) -> Optimization:
+    """The default but for what was asked."""
+    step = STEPS[arguments.optimizer]
+    return Optimization(
+        lambda parameters: torch.optim.Adam(parameters, lr=3e-4, **step),
+        compile=arguments.compile,
+        channels_last=arguments.channels_last,
+    )
+
+
+def one_step(optimization: Optimization, **settings: Any) -> dict[str, Any]:
     """What the score distillations share."""
-    return dict(teacher=denoiser(), optimization=Optimization(), evaluation=Evaluation(steps=[1]), **settings)
+    return dict(teacher=denoiser(), optimization=optimization, evaluation=Evaluation(steps=[1]), **settings)
 
 
-def consistency() -> Consistency:
+def consistency(optimization: Optimization) -> Consistency:
     return Consistency(
         GridPairs(UniformGrid(), ConstantPoints(8)),
         PseudoHuber(),
-        Optimization(),
+        optimization,
         Evaluation(),
         student=denoiser(),
         teacher=denoiser(),
@@ -71,18 +85,22 @@ def consistency() -> Consistency:
     )
 
 
-def sid() -> ScoreIdentity:
-    fake = FakeScore(LogNormalTimes(), KarrasWeight())
-    return ScoreIdentity(sampler=FewStepSampler(sigmas=[2.5]), times=KarrasTimes(high=0.8), fake_score=fake, **one_step())
+def sid(optimization: Optimization) -> ScoreIdentity:
+    return ScoreIdentity(
+        sampler=FewStepSampler(sigmas=[2.5]),
+        times=KarrasTimes(high=0.8),
+        fake_score=FakeScore(LogNormalTimes(), KarrasWeight(), optimization),
+        **one_step(optimization),
+    )
 
 
-def dmd2() -> DistributionMatching:
+def dmd2(optimization: Optimization) -> DistributionMatching:
     return DistributionMatching(
         sampler=FewStepSampler(times=[1.0], start="prior"),
         times=UniformTimes(0.02, 0.98),
-        fake_score=FakeScore(UniformTimes(), PredictionWeight("flow"), steps=2),
+        fake_score=FakeScore(UniformTimes(), PredictionWeight("flow"), optimization, steps=2),
         adversarial=Adversarial(UniformTimes()),
-        **one_step(),
+        **one_step(optimization),
     )
 
 
@@ -139,14 +157,19 @@ class BareLoop(nn.Module):
         return self.fake(sample, t, cond).square().mean() + logits.mean()
 
 
-METHODS: dict[str, Callable[[], Method]] = {"consistency": consistency, "sid": sid, "dmd2": dmd2}
+METHODS: dict[str, Callable[[Optimization], Method]] = {"consistency": consistency, "sid": sid, "dmd2": dmd2}
 
 
 class BareSteps(Callback):
-    """Makes one bare step before each batch, and keeps the times of both and whose turn it was."""
+    """Makes one bare step before each batch, and keeps the times of both and whose turn it was.
 
-    def __init__(self, bare: BareLoop):
-        self.loop = bare
+    Args:
+        bare: what is made beside the method's steps.
+        clock: gives seconds.
+    """
+
+    def __init__(self, bare: BareLoop, clock: Callable[[], float] = time.perf_counter):
+        self.loop, self.clock = bare, clock
         self.turns: list[int] = []
         self.bare: list[float] = []
         self.method: list[float] = []
@@ -161,11 +184,10 @@ class BareSteps(Callback):
         self.bare_ended = self.now(pl_module)
         self.bare.append(self.bare_ended - began)
 
-    @staticmethod
-    def now(pl_module: Any) -> float:
+    def now(self, pl_module: Any) -> float:
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return self.clock()
 
 
 def main() -> None:
@@ -176,16 +198,22 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=6, help="batches before them")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each process")
+    parser.add_argument("--optimizer", choices=STEPS, default="fused", help="how Adam goes through the parameters")
+    parser.add_argument("--channels-last", action="store_true", help="optimization.channels_last; the bare loop is as ever")
+    parser.add_argument("--compile", action="store_true", help="optimization.compile; the bare loop is as ever")
+    parser.add_argument("--cpu-time", action="store_true", help="of the process, for a machine that is not idle; one rank")
     parser.add_argument("--ranks", type=int, default=1, help="more than 1: how training scales to so many processes")
     arguments = parser.parse_args()
     if arguments.ranks < 1:
         parser.error(f"--ranks {arguments.ranks}: give 1 or more.")
+    if arguments.cpu_time and (arguments.ranks > 1 or torch.cuda.is_available()):
+        parser.error("--cpu-time: it does not see the waiting for other ranks or a GPU; leave it out.")
     torch.set_num_threads(arguments.threads)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     if arguments.ranks > 1:
         report_scaling(arguments)
         return
-    timer = BareSteps(BareLoop(arguments.method))
+    timer = BareSteps(BareLoop(arguments.method), time.process_time if arguments.cpu_time else time.perf_counter)
     trainer = Trainer(
         max_steps=arguments.steps + arguments.warmup + 1,
         callbacks=[timer],
@@ -197,7 +225,7 @@ def main() -> None:
         devices=1,
         use_distributed_sampler=False,
     )
-    method = METHODS[arguments.method]()
+    method = METHODS[arguments.method](optimization_of(arguments))
     timer.loop.to(trainer.strategy.root_device)
     trainer.fit(method, datamodule=DigitsDataModule(arguments.batch_size))
     report(arguments, timer, method)
@@ -207,11 +235,12 @@ def report_scaling(arguments: argparse.Namespace) -> None:
     """One line of JSON, of rank zero; see `bench_ranks`."""
     from bench_ranks import scaling
 
-    build = METHODS[arguments.method]
+    def build() -> Method:
+        return METHODS[arguments.method](optimization_of(arguments))
+
     found = scaling(build, arguments.ranks, arguments.steps, arguments.warmup, arguments.batch_size)
     if found:
-        settings = {key: getattr(arguments, key) for key in ("method", "ranks", "batch_size", "threads", "steps")}
-        print(json.dumps(settings | found | {"torch": torch.__version__}))
+        print(json.dumps(vars(arguments) | found | {"torch": torch.__version__}))
 
 
 def report(arguments: argparse.Namespace, timer: BareSteps, method: Method) -> None:
@@ -224,10 +253,8 @@ def report(arguments: argparse.Namespace, timer: BareSteps, method: Method) -> N
     print(
         json.dumps(
             {
-                "method": arguments.method,
+                **vars(arguments),
                 "parameters": sum(parameter.numel() for parameter in method.student.parameters()),
-                "batch_size": arguments.batch_size,
-                "threads": arguments.threads,
                 "device": torch.cuda.get_device_name() if cuda else "cpu",
                 "steps": len(rows),
                 **{f"{name}_ms": median_ms(own for _, _, own in part) for name, part in players.items() if part},

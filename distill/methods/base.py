@@ -58,15 +58,18 @@ class Method(SampledModule, TrainedModule, ABC):
     def on_fit_start(self) -> None:
         """Compiles the inner networks, in place: the names of their weights stay as they are."""
         if self.optimization.compile:
-            for part in (self, self._teacher and self._teacher.module):
-                for model in inner_models(part) if part is not None else []:
-                    model.compile()
+            for model in (model for owner in self.owners for model in inner_models(owner)):
+                model.compile()
         half = self.has_teacher and getattr(self.teacher, "frozen_dtype", None) == torch.float16
         if half and self.shared_names():
             raise ValueError(
                 "model.teacher.dtype=float16 with LoRA layers or adapters on its weights: gradients would pass it unscaled; "
                 "set it to null (and trainer.precision=bf16-mixed to compute in bfloat16), or to bfloat16."
             )
+
+    @property
+    def owners(self) -> list[nn.Module]:
+        return [self] if self._teacher is None else [self, self._teacher.module]
 
     def drawn(self, rule: GuidanceRule | None) -> GuidanceRule | None:
         """The rule of this batch, if there is one: its scale may be drawn."""

@@ -23,8 +23,15 @@ from torch.optim import Optimizer
 
 from distill.ema import EMA
 from distill.lora import checkpoint_gradients
-from distill.networks.base import inner_models
-from distill.optimization import Optimization, PlayerOptimization, SkippedSteps, clip_gradients, step_unless
+from distill.networks.base import inner_models, put_channels_last, unets
+from distill.optimization import (
+    Optimization,
+    PlayerOptimization,
+    SkippedSteps,
+    clip_gradients,
+    match_layouts,
+    step_unless,
+)
 from distill.types import Batch, DataSpec, Losses
 
 
@@ -65,7 +72,8 @@ class TrainedModule(LightningModule, ABC):
         optimization: optimiser, learning rate, clipping, accumulation, averaging.
 
     Raises:
-        ValueError: a setting for networks of diffusers (checkpointing, compilation) and a student that holds none.
+        ValueError: a setting for networks of diffusers (checkpointing, compilation, channels last) and a student that holds
+            none.
 
     Attributes:
         ema: the average of the student.
@@ -80,6 +88,8 @@ class TrainedModule(LightningModule, ABC):
         self.student = student.train()
         if optimization.compile and not inner_models(student):
             raise ValueError("optimization.compile=true: only networks of distill/networks are compiled; set it to false.")
+        if optimization.channels_last and not unets(student):
+            raise ValueError("optimization.channels_last=true: only U-Nets of diffusers can; set it to false.")
         if optimization.gradient_checkpointing:
             checkpoint_gradients(student, "optimization")
         self.optimization = optimization
@@ -120,6 +130,17 @@ class TrainedModule(LightningModule, ABC):
         """Steps of its own that player ``index`` has made before optimiser step ``step``; its schedules count these."""
         return step
 
+    def setup(self, stage: str) -> None:
+        """Changes the layout of weights, if it is asked for, before DDP and the optimisers see them."""
+        if self.optimization.channels_last:
+            for owner in self.owners:
+                put_channels_last(owner)
+
+    @property
+    def owners(self) -> list[nn.Module]:
+        """Where networks are: this module, and what it holds without registering it."""
+        return [self]
+
     def configure_optimizers(self) -> list[Optimizer]:
         # Kept for the next run of the same method: after one that failed, some parameters require no gradients.
         self._players = self._players or self.players()
@@ -127,6 +148,8 @@ class TrainedModule(LightningModule, ABC):
         optimizers = [player.optimization.optimizer(player.parameters) for player in self._players]
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["initial_lr"] = group["lr"]
+        for optimizer in optimizers:
+            optimizer.register_load_state_dict_post_hook(match_layouts)
         return optimizers
 
     def _check_players(self) -> None:

@@ -123,6 +123,21 @@ def inner_models(module: nn.Module) -> list[nn.Module]:
     return [model for model in models if isinstance(model, nn.Module)]
 
 
+def put_channels_last(module: nn.Module) -> None:
+    """Keeps the convolutions' weights of a module's U-Nets with their channels last in memory; what they compute follows.
+
+    Dropout draws its masks in the order of memory: in training they are others.
+    """
+    for unet in unets(module):
+        unet.to(memory_format=torch.channels_last)
+
+
+def unets(module: nn.Module) -> list[Any]:
+    """The U-Nets of diffusers inside the wrappers of a module."""
+    networks = [part for part in module.modules() if isinstance(part, DiffusersNetwork)]
+    return [network.model for network in networks if network.component == "unet"]
+
+
 class DiffusersNetwork(Network):
     """A model of diffusers.
 
@@ -214,8 +229,9 @@ class DiffusersNetwork(Network):
         self.read_scalars(cond)
         for adapter in self.attached():
             adapter.read(x, time, cond)
-        # A learned variance comes after the prediction, in channels of its own (Nichol & Dhariwal 2102.09672).
-        return self.predict(self.cast(x), time, cond)[:, : x.shape[1]]
+        # A learned variance comes after the prediction, in channels of its own (Nichol & Dhariwal 2102.09672). The layout of
+        # `put_channels_last` stays inside: noise that is drawn like a sample is drawn in the sample's order of memory.
+        return self.predict(self.cast(x), time, cond)[:, : x.shape[1]].contiguous()
 
     def class_embedding(self) -> tuple[nn.Module, int] | None:
         """The module that embeds ``labels``, and the size of its output; None for a model without classes."""
