@@ -12,6 +12,7 @@ processes, and what share of their time is communication (``bench_ranks.py``).
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import resource
@@ -212,6 +213,7 @@ def main() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     if arguments.ranks > 1:
         report_scaling(arguments)
+        gc.collect()  # gloo's threads end before Python does, which they might abort (see `distill.cli.run`)
         return
     timer = BareSteps(BareLoop(arguments.method), time.process_time if arguments.cpu_time else time.perf_counter)
     trainer = Trainer(
