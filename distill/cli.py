@@ -47,6 +47,7 @@ EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # the averages of the student are
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own call
     r"`torch.jit.script` is deprecated",  # a dependency's
+    r"FSDP2-wrapped module .* returned a view tensor",  # nothing is added to it in place
 )
 TIMEOUT_HELP = (
     "Seconds after which a rank that waits for the others ends with an error, under a strategy given by its name "

@@ -17,6 +17,7 @@ from torch import Tensor
 from distill.denoiser import Denoiser, NetworkDenoiser, ScheduleView
 from distill.networks.base import inner_models
 from distill.networks.bottleneck import Bottleneck, Layer
+from distill.sharding import is_sharded
 from distill.types import Cond, Time
 
 Image = Float[Tensor, "b channels height width"]
@@ -59,13 +60,14 @@ def denoise_with_features(
 
 
 def features_of(denoiser: Denoiser, x: Image, t: Time, cond: Cond, layer: Layer = "middle") -> FeatureMap:
-    """The features in float32 (or wider); what the network would compute after them is not computed.
+    """The features in float32 (or wider); what the network would compute after them is not computed, unless it is sharded.
 
     Raises:
         ValueError: see `bottleneck_of`.
     """
     bottleneck = bottleneck_of(denoiser, layer)
-    with _outputs(denoiser, bottleneck, stop=True) as outputs, contextlib.suppress(_Reached):
+    # Under sharding a call that is not ended leaves its weights gathered, and old.
+    with _outputs(denoiser, bottleneck, stop=not is_sharded(denoiser)) as outputs, contextlib.suppress(_Reached):
         denoiser(x, t, cond)
     return _only(outputs, bottleneck, x)
 

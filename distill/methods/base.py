@@ -20,6 +20,7 @@ from distill.methods.trained import TrainedModule
 from distill.networks.base import inner_models
 from distill.optimization import Optimization
 from distill.pretrained import identity_of
+from distill.sharding import networks_of
 from distill.space import ModelSpace
 
 
@@ -67,6 +68,9 @@ class Method(SampledModule, TrainedModule, ABC):
                 "model.teacher.dtype=float16 with LoRA layers or adapters on its weights: gradients would pass it unscaled; "
                 "set it to null (and trainer.precision=bf16-mixed to compute in bfloat16), or to bfloat16."
             )
+
+    def sharded_parts(self) -> list[nn.Module]:
+        return super().sharded_parts() + ([] if self._teacher is None else networks_of(self._teacher.module))
 
     def drawn(self, rule: GuidanceRule | None) -> GuidanceRule | None:
         """The rule of this batch, if there is one: its scale may be drawn."""

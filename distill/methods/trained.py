@@ -11,13 +11,13 @@ import contextlib
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule
-from pytorch_lightning.strategies import ParallelStrategy
+from pytorch_lightning.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,6 +25,7 @@ from distill.ema import EMA
 from distill.lora import checkpoint_gradients
 from distill.networks.base import inner_models
 from distill.optimization import Optimization, PlayerOptimization, SkippedSteps, clip_gradients, step_unless
+from distill.sharding import Outline, check_whole, is_sharded, networks_of, scattered_state, shard
 from distill.types import Batch, DataSpec, Losses
 
 
@@ -105,6 +106,32 @@ class TrainedModule(LightningModule, ABC):
     def student_step(self) -> int:
         """Steps that the student has made: what curricula count."""
         return self.player_step(0, self.batches_seen // self.optimization.accumulate_batches)
+
+    # ---------------------------------------------------------------------------------------------------- sharding
+
+    def sharded_parts(self) -> list[nn.Module]:
+        """What is sharded, each on its own: modules that are called as a whole."""
+        return networks_of(self)
+
+    def configure_model(self) -> None:
+        """Shards the networks, under a strategy that wants it.
+
+        Raises:
+            ValueError: what cannot be sharded: networks that share weights, trained weights outside of networks, compilation.
+        """
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, ModelParallelStrategy) or is_sharded(self):
+            return
+        if self.optimization.compile:
+            raise ValueError("optimization.compile=true under trainer.strategy=fsdp2 is not known to work; set it to false.")
+        self.ema.outline = Outline(self.ema.module)
+        precision = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        shard(self.sharded_parts(), strategy.device_mesh["data_parallel"], precision)
+        check_whole(self)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads what `state_dict` gave; of whole tensors a sharded module takes the rows of its rank."""
+        return super().load_state_dict(scattered_state(state_dict, self), strict, assign)
 
     # ------------------------------------------------------------------------------------------------ optimisation
 

@@ -26,6 +26,7 @@ class Network(nn.Module, ABC):
         widths: the conditions that it must be given, with the size of their last dimension.
         scalars: extra scalar inputs by name, see `add_scalar_input`.
         own_scalars: scalar inputs that the network has by itself, such as Flux' embedded ``guidance``.
+        rewrites_weights: whether its forward in training changes its own weights.
         null_class: whether the class after ``num_classes`` exists; without it ``labels`` cannot be guided.
     """
 
@@ -36,6 +37,7 @@ class Network(nn.Module, ABC):
     scalars: nn.ModuleDict
     own_scalars: tuple[str, ...] = ()
     null_class: bool = True
+    rewrites_weights: bool = False
 
     @abstractmethod
     def forward(self, x: Sample, time: Time, cond: Cond, r: Time | None = None) -> Sample:
@@ -57,6 +59,13 @@ class Network(nn.Module, ABC):
             ValueError: a network that has no such layer, or does not say where it is.
         """
         raise ValueError(f"{type(self).__name__} does not say where its inner features are read: it needs a `bottleneck`.")
+
+    def units(self) -> list[nn.Module]:
+        """The blocks that are sharded one by one, from the outside in if one holds another; [] for none.
+
+        No parameter of a block may be read outside of its own call, and a call may change none of its arguments.
+        """
+        return []
 
     def add_scalar_input(self, name: str) -> None:
         """The network now also reads ``cond[name]`` ``(b,)``, at first without effect; see `ScalarInput`.
@@ -220,6 +229,13 @@ class DiffusersNetwork(Network):
     def class_embedding(self) -> tuple[nn.Module, int] | None:
         """The module that embeds ``labels``, and the size of its output; None for a model without classes."""
         return None
+
+    def units(self) -> list[nn.Module]:
+        """The blocks that diffusers itself keeps together on a device; in a model that names none, the levels of its lists."""
+        names = self.model._no_split_modules
+        if names:
+            return [part for part in self.model.modules() if type(part).__name__ in names]
+        return [block for blocks in self.model.children() if isinstance(blocks, nn.ModuleList) for block in blocks]
 
     def attached(self) -> list[AttachedAdapter]:
         """The adapters."""

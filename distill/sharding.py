@@ -1,0 +1,168 @@
+"""Sharding by FSDP2: every rank keeps its rows of each parameter, and gathers a block's weights while it computes.
+
+Each network is sharded on its own (`torch.distributed.fsdp.fully_shard`), with the blocks that it names as units
+(`Network.units`), the frozen teacher and the average as well as what is trained. Optimisers and averages then work on a rank's
+own rows alone; checkpoints hold whole tensors, gathered one at a time onto the CPU of rank zero, and are those of any other run.
+
+In the forward pass ranks meet in every block: all must call the networks equally often.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+
+from distill.denoiser import NetworkDenoiser
+
+
+def networks_of(module: nn.Module) -> list[nn.Module]:
+    """The networks of the denoisers in a module, each once."""
+    return list({part.network: None for part in module.modules() if isinstance(part, NetworkDenoiser)})
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether any part of it is."""
+    return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows of this rank, the very memory; the tensor itself if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+# ------------------------------------------------------------------------------------------------------------- networks
+
+
+def shard(parts: Sequence[nn.Module], mesh: DeviceMesh, precision: torch.dtype | None = None) -> None:
+    """Shards each part over a mesh of one dimension, in place, with the weights that rank zero holds.
+
+    Args:
+        parts: modules that are called as a whole; no parameter may be in two of them.
+        mesh: the ranks.
+        precision: in which 32-bit weights are gathered and their gradients computed, which are then summed over ranks in
+            float32; None for that of the weights. Weights of other types (a teacher in bfloat16) are gathered as they are.
+
+    Raises:
+        ValueError: parts that share parameters, or that change their own weights as they are trained.
+    """
+    check_parts(parts)
+    for part in parts:
+        _take_weights_of_rank_zero(part, mesh)
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if precision is not None and all(parameter.dtype == torch.float32 for parameter in part.parameters()):
+            policy = MixedPrecisionPolicy(precision, torch.float32, cast_forward_inputs=False)
+        units: Callable[[], Iterable[nn.Module]] = getattr(part, "units", tuple)
+        for unit in reversed([part, *units()]):  # who holds another comes after it
+            if next(unit.parameters(), None) is not None:
+                fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+@torch.no_grad()
+def _take_weights_of_rank_zero(part: nn.Module, mesh: DeviceMesh) -> None:
+    """Sends every tensor of a part to all ranks, one at a time, as DDP does."""
+    device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None)
+    for tensor in (*part.parameters(), *part.buffers()):
+        sent = tensor.detach().to(device)
+        torch.distributed.broadcast(sent, 0, group=mesh.get_group())
+        tensor.copy_(sent)
+
+
+def check_parts(parts: Sequence[nn.Module]) -> None:
+    """Raises ValueError if a parameter is in two of the parts, or a part's training forward changes its weights."""
+    seen: dict[int, int] = {}
+    for number, part in enumerate(parts):
+        if getattr(part, "rewrites_weights", False) and any(parameter.requires_grad for parameter in part.parameters()):
+            raise ValueError(
+                f"trainer.strategy=fsdp2: {type(part).__name__} normalises its weights before each training forward, of which "
+                "a rank has some rows only; use trainer.strategy=ddp."
+            )
+        for name, parameter in part.named_parameters():
+            if seen.setdefault(id(parameter), number) != number:
+                raise ValueError(
+                    f"trainer.strategy=fsdp2: {name} is shared by two networks (LoRA layers or adapters on the teacher's "
+                    "weights), and each network is sharded on its own; train whole copies, or use trainer.strategy=ddp."
+                )
+
+
+def check_whole(module: nn.Module) -> None:
+    """Raises ValueError, naming it, for a trained parameter that is in no sharded part: its gradient would stay a rank's own."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            raise ValueError(f"trainer.strategy=fsdp2: {name} is in no network that can be sharded; use trainer.strategy=ddp.")
+
+
+# --------------------------------------------------------------------------------------------------------------- states
+
+
+def gathered(state: Any, wanted: bool) -> Any:
+    """A nested state with every sharded tensor whole, on the CPU. All ranks must call it, with the same state.
+
+    Args:
+        state: dictionaries and lists of tensors and plain values.
+        wanted: whether this rank keeps the result; None stands for the tensors that were gathered elsewhere.
+    """
+
+    def whole(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        full = value.full_tensor()
+        return full.cpu() if wanted else None
+
+    return tree_map(whole, state)
+
+
+def scattered(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's rows of a whole tensor, a copy, sharded as ``like`` is; the tensor itself if ``like`` is not sharded.
+
+    Nothing is sent: every rank has the whole tensor, on any device.
+    """
+    if not isinstance(like, DTensor) or isinstance(whole, DTensor):
+        return whole
+    rows = distribute_tensor(whole.detach().to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return rows.clone()  # not a view, which would keep the whole
+
+
+def scattered_state(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """A state of whole tensors as ``module.load_state_dict`` takes it. A wrong shape is left as it is: loading refuses it."""
+    own = {name: value for name, value in module.named_parameters(remove_duplicate=False) if isinstance(value, DTensor)}
+    fits = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    return {**state, **{name: scattered(value, own[name]) for name, value in fits.items()}}
+
+
+def scattered_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimiser's state of whole tensors as its ``load_state_dict`` takes it: what is of a parameter's shape is sharded."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def own(value: Any, parameter: Tensor) -> Any:
+        return scattered(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
+
+    states = {
+        index: {key: own(value, parameters[index]) for key, value in values.items()} for index, values in state["state"].items()
+    }
+    return {**state, "state": states}
+
+
+class Outline:
+    """A module without its parameters' values: what a whole copy is made of after it has been sharded.
+
+    Args:
+        module: not sharded yet.
+    """
+
+    def __init__(self, module: nn.Module):
+        empty = {id(value): nn.Parameter(torch.empty_like(value, device="meta"), False) for value in module.parameters()}
+        self._module = copy.deepcopy(module, dict[int, Any](empty))
+
+    def filled(self, state: Mapping[str, Tensor]) -> Any:
+        """The module with the whole tensors of its ``state_dict()``, which are not copied."""
+        module = copy.deepcopy(self._module)
+        module.load_state_dict(state, strict=True, assign=True)
+        return module
