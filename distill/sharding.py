@@ -1,8 +1,8 @@
 """Sharding by FSDP2: every rank keeps its rows of each parameter, and gathers a block's weights while it computes.
 
 Each network is sharded on its own (`torch.distributed.fsdp.fully_shard`), with the blocks that it names as units
-(`Network.units`), the frozen teacher and the average as well as what is trained. Optimisers and averages then work on a rank's
-own rows alone; checkpoints hold whole tensors, gathered one at a time onto the CPU of rank zero, and are those of any other run.
+(`Network.units`), the frozen teacher and the average as well as what is trained. Optimisers and averages then work on the rows
+of their rank alone; checkpoints hold whole tensors, gathered one at a time onto the CPU of rank zero, as those of other runs.
 
 In the forward pass ranks meet in every block: all must call the networks equally often.
 """
@@ -93,7 +93,7 @@ def check_parts(parts: Sequence[nn.Module]) -> None:
 
 
 def check_whole(module: nn.Module) -> None:
-    """Raises ValueError, naming it, for a trained parameter that is in no sharded part: its gradient would stay a rank's own."""
+    """Raises ValueError , naming it, for a trained parameter in no sharded part: its gradient would be that of one rank."""
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and not isinstance(parameter, DTensor):
             raise ValueError(f"trainer.strategy=fsdp2: {name} is in no network that can be sharded; use trainer.strategy=ddp.")
@@ -138,11 +138,16 @@ def scattered_state(state: Mapping[str, Any], module: nn.Module) -> dict[str, An
 
 
 def scattered_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimiser's state of whole tensors as its ``load_state_dict`` takes it: what is of a parameter's shape is sharded."""
+    """An optimiser's state of whole tensors as its ``load_state_dict`` takes it: what is of a parameter's shape is sharded.
+
+    Nothing in it is a view of the given tensors.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def own(value: Any, parameter: Tensor) -> Any:
-        return scattered(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
+        if not isinstance(value, Tensor):
+            return value
+        return scattered(value, parameter) if value.shape == parameter.shape else value.clone()
 
     states = {
         index: {key: own(value, parameters[index]) for key, value in values.items()} for index, values in state["state"].items()

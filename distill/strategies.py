@@ -50,7 +50,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         return state if self.is_global_zero else {}
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads the file on every rank."""
+        """Reads the file on every rank, by the Trainer's plugin: `AtomicCheckpointIO` should be ``mapped``."""
         return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 DRAWS = (torch.rand, torch.randn, torch.randint, torch.randn_like)
 
 
-def run_alone(program: str, folder: Path, seconds: float = 300.0) -> None:
+def run_alone(program: str, folder: Path, seconds: float = 550.0) -> None:
     """``program FOLDER`` in a process that has used no threads yet: they would be missing in its forks."""
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
@@ -36,7 +36,7 @@ def found(folder: Path, count: int) -> list[Any]:
     return [torch.load(folder / f"{rank}_of_{count}.pt") for rank in range(count)]
 
 
-def fork_ranks(function: Callable[[int], Any], count: int, folder: Path, seconds: float = 200.0) -> None:
+def fork_ranks(function: Callable[[int], Any], count: int, folder: Path, seconds: float = 500.0) -> None:
     """Leaves in ``folder`` what ``function(rank)`` returns on each of ``count`` ranks, all forked from this process.
 
     One that fails, or is not done in time, is an error.
@@ -106,7 +106,7 @@ class DrawsOfRanks(TorchFunctionMode):
         if function is torch.randn_like:
             like = arguments[0]
             function, arguments, keywords = torch.randn, tuple(like.shape), {"dtype": like.dtype}
-        bounds, shape = arguments[: (split := len(arguments) - 1)], arguments[-1]
+        bounds, shape = arguments[:-1], arguments[-1]
         if function is not torch.randint:
             bounds, shape = (), arguments if isinstance(arguments[0], int) else arguments[0]
         # A rank's rows for samples come before those for data, and the joined batch has all samples before all data.
