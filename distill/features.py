@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from distill.denoiser import Denoiser, NetworkDenoiser, ScheduleView
 from distill.networks.base import inner_models
 from distill.networks.bottleneck import Bottleneck, Layer
-from distill.sharding import is_sharded
+from distill.sharding import is_sharded, networks_of
 from distill.types import Cond, Time
 
 Image = Float[Tensor, "b channels height width"]
@@ -82,13 +83,19 @@ def _outputs(denoiser: Denoiser, bottleneck: Bottleneck, stop: bool) -> Iterator
         if stop:
             raise _Reached
 
-    handle = bottleneck.module.register_forward_hook(read)
+    handles = [bottleneck.module.register_forward_hook(read)]
+    for network in (part for part in networks_of(denoiser) if isinstance(part, FSDPModule)):
+        # A sharded network gathers its weights for the backward pass when a gradient reaches what it returned: the features
+        # too, for which they are among its outputs while FSDP looks at these.
+        handles.append(network.register_forward_hook(lambda part, inputs, output: (output, outputs[-1]), prepend=True))
+        handles.append(network.register_forward_hook(lambda part, inputs, output: output[0]))
     compiled = any(model._compiled_call_impl is not None for model in inner_models(denoiser))
     try:
         with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
             yield outputs
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _only(outputs: list[Any], bottleneck: Bottleneck, x: Image) -> FeatureMap:
