@@ -59,6 +59,12 @@ METHODS: dict[str, Callable[[], Any]] = {
 }
 
 
+def built(kind: str) -> Any:
+    """The method, with the same weights at every call: a discriminator's are drawn."""
+    torch.manual_seed(0)
+    return METHODS[kind]()
+
+
 def rows(number: int, rank: int = 0, count: int = 1) -> Batch:
     """A rank's share of the eight rows of batch ``number``, in float64."""
     whole, share = joined(score_methods.batch(2 * number), score_methods.batch(2 * number + 1)), ROWS // count
@@ -82,7 +88,7 @@ def trained(kind: str, rank: int, count: int, steps: int, *callbacks: Callback, 
     """A run in 64 bits on this rank's rows of six batches, again and again, with this package's checkpoint files."""
     batches = [rows(number, rank, count) for number in range(6)]
     settings = {"devices": count, "precision": "64-true", "plugins": [AtomicCheckpointIO(mapped=True)], **settings}
-    return fit(METHODS[kind](), batches, steps, *callbacks, **settings)
+    return fit(built(kind), batches, steps, *callbacks, **settings)
 
 
 def whole_state(trainer: Trainer) -> dict[str, Any]:
@@ -91,7 +97,7 @@ def whole_state(trainer: Trainer) -> dict[str, Any]:
 
 def alone(kind: str, ranks: int, steps: int, *callbacks: Callback, **settings: Any) -> dict[str, Any]:
     """The state that one process comes to on the joined batches with the draws of ``ranks``."""
-    method = METHODS[kind]()
+    method = built(kind)
     with DrawsOfRanks(ranks, ROWS // ranks) as draws:
         batches = [rows(number) for number in range(6)]
         settings = {"precision": "64-true", "plugins": [AtomicCheckpointIO(mapped=True)], **settings}
@@ -226,7 +232,7 @@ def test_two_ranks_equal_one_process_on_the_joined_batches(ranks, references, ki
     first, second = (found[f"{kind}/{strategy}"] for found in ranks)
     assert same(first, second)
     assert closest(first, references[kind]) < 1e-9
-    untrained = {key: value.double() for key, value in METHODS[kind]().state_dict().items()}
+    untrained = {key: value.double() for key, value in built(kind).state_dict().items()}
     for part in ("student", "ema") + (() if kind == "cd" else ("critic",)):
         assert closest(of_part(first, part), of_part(untrained, part)) > 1e-3
 
