@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
@@ -41,7 +41,9 @@ def local(tensor: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- networks
 
 
-def shard(parts: Sequence[nn.Module], mesh: DeviceMesh, precision: torch.dtype | None = None) -> None:
+def shard(
+    parts: Sequence[nn.Module], mesh: DeviceMesh, precision: torch.dtype | None = None, offloaded: Sequence[nn.Module] = ()
+) -> None:
     """Shards each part over a mesh of one dimension, in place, with the weights that rank zero holds.
 
     Args:
@@ -49,29 +51,32 @@ def shard(parts: Sequence[nn.Module], mesh: DeviceMesh, precision: torch.dtype |
         mesh: the ranks.
         precision: in which 32-bit weights are gathered and their gradients computed, which are then summed over ranks in
             float32; None for that of the weights. Weights of other types (a teacher in bfloat16) are gathered as they are.
+        offloaded: of the parts, those whose rows lie in host memory. None may be trained.
 
     Raises:
         ValueError: parts that share parameters, or that change their own weights as they are trained.
     """
     check_parts(parts)
+    device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None)
     for part in parts:
-        _take_weights_of_rank_zero(part, mesh)
+        take_weights_of_rank_zero(part, device, mesh.get_group())
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if precision is not None and all(parameter.dtype == torch.float32 for parameter in part.parameters()):
             policy = MixedPrecisionPolicy(precision, torch.float32, cast_forward_inputs=False)
+        hosted = any(part is other for other in offloaded)
+        place = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if hosted else OffloadPolicy()
         units: Callable[[], Iterable[nn.Module]] = getattr(part, "units", tuple)
         for unit in reversed([part, *units()]):  # who holds another comes after it
             if next(unit.parameters(), None) is not None:
-                fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+                fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=True)
 
 
 @torch.no_grad()
-def _take_weights_of_rank_zero(part: nn.Module, mesh: DeviceMesh) -> None:
-    """Sends every tensor of a part to all ranks, one at a time, as DDP does."""
-    device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None)
+def take_weights_of_rank_zero(part: nn.Module, device: torch.device, group: Any) -> None:
+    """Sends every parameter and buffer of rank zero to all ranks of a group, one at a time; ``device`` is where they meet."""
     for tensor in (*part.parameters(), *part.buffers()):
         sent = tensor.detach().to(device)
-        torch.distributed.broadcast(sent, 0, group=mesh.get_group())
+        torch.distributed.broadcast(sent, 0, group=group)
         tensor.copy_(sent)
 
 
@@ -93,10 +98,29 @@ def check_parts(parts: Sequence[nn.Module]) -> None:
 
 
 def check_whole(module: nn.Module) -> None:
-    """Raises ValueError , naming it, for a trained parameter in no sharded part: its gradient would be that of one rank."""
+    """Raises ValueError, naming it, for a trained parameter in no sharded part: its gradient would be that of one rank."""
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and not isinstance(parameter, DTensor):
             raise ValueError(f"trainer.strategy=fsdp2: {name} is in no network that can be sharded; use trainer.strategy=ddp.")
+
+
+def check_equal_batches(module: nn.Module, count: int, what: str) -> None:
+    """Raises ValueError, on every rank, if those of a sharded module have unequal counts of batches: some would wait for ever.
+
+    Args:
+        module: that is called for each batch.
+        count: the batches of this rank.
+        what: the pass over them, for the message.
+    """
+    if not is_sharded(module):
+        return
+    counts = [0] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(counts, count)
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"trainer.strategy=fsdp2: {what} has {counts} batches on the ranks, which must call sharded networks together; "
+            "choose data.eval_samples or data.eval_batch_size so that they are equally many."
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- states

@@ -1,212 +1,39 @@
-"""Networks sharded by FSDP2 over processes that are forked from this one and meet over gloo.
+"""Networks sharded by FSDP2 over processes that meet over gloo (`sharded_runs.py`).
 
 A run on two ranks is compared with one process on the joined batches, in which every rank's draws are made for its rows.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import score_methods
+import resuming
+import sharded_runs
 import torch
-from families import FAMILIES
-from helpers import closest, evaluation, everything, fit, joined, of_part, same
-from pytorch_lightning import Callback, Trainer
-from score_methods import adam, teacher
-from sharded_ranks import DrawsOfRanks, fork_ranks, found, run_alone
+from helpers import closest, everything, fit, of_part, same
+from score_methods import adam
+from sharded_ranks import DrawsOfRanks, found, run_alone
+from sharded_runs import METHODS, RESUMED, ROWS, SaveAt, alone, built, consistency, rows, teacher
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
-import distill.strategies  # noqa: F401  names the strategy
-from distill.callbacks.export import ExportDenoiser
-from distill.checkpoints import AtomicCheckpointIO, read_checkpoint
-from distill.distances import SquaredDistance
-from distill.ema import DecayAveraging
-from distill.grids import ConstantPoints, UniformGrid
+from distill.callbacks.preemption import EXIT_PREEMPTED
+from distill.checkpoints import read_checkpoint
+from distill.cli import load_run
+from distill.evaluation import Evaluation
 from distill.lora import LoRA, start_student
-from distill.methods.consistency import Consistency
+from distill.methods.progressive import Progressive
 from distill.networks.edm2 import EDM2
-from distill.networks.families import FAMILIES as WRAPPERS
 from distill.optimization import Optimization
-from distill.pairs import GridPairs
-from distill.pretrained import PretrainedDenoiser
-from distill.sharding import check_parts, check_whole, gathered, local, shard
-from distill.solvers import Heun
-from distill.types import Batch
-
-ROWS = 8
-RESUMED = ("cd", "dmd2")
-UNUSED = "ddp_find_unused_parameters_true"
-
-
-def consistency(**settings: Any) -> Consistency:
-    pairs, optimization = GridPairs(UniformGrid(), ConstantPoints(8)), Optimization(adam, averaging=DecayAveraging(0.9))
-    parts = {"teacher": teacher(dropout=0.0), "solver": Heun(), "target": DecayAveraging(0.9), **settings}
-    return Consistency(pairs, SquaredDistance(), optimization, evaluation(), **parts)
-
-
-METHODS: dict[str, Callable[[], Any]] = {
-    "cd": consistency,
-    "sid": lambda: score_methods.method("sid", teacher=teacher(dropout=0.0)),
-    "dmd2": lambda: score_methods.method("dmd2", teacher=teacher(dropout=0.0), fake={"steps": 2}),
-}
-
-
-def built(kind: str) -> Any:
-    """The method, with the same weights at every call: a discriminator's are drawn."""
-    torch.manual_seed(0)
-    return METHODS[kind]()
-
-
-def rows(number: int, rank: int = 0, count: int = 1) -> Batch:
-    """A rank's share of the eight rows of batch ``number``, in float64."""
-    whole, share = joined(score_methods.batch(2 * number), score_methods.batch(2 * number + 1)), ROWS // count
-    own = slice(rank * share, (rank + 1) * share)
-    cond, null = ({key: value[own] for key, value in side.items()} for side in (whole.cond, whole.null))
-    return Batch(whole.x0[own].double(), cond, null, whole.noise[own].double())
-
-
-class SaveAt(Callback):
-    """Saves after ``step`` steps."""
-
-    def __init__(self, step: int, path: Path):
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer: Trainer, *others: Any) -> None:
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path, weights_only=False)
-
-
-def trained(kind: str, rank: int, count: int, steps: int, *callbacks: Callback, **settings: Any) -> Trainer:
-    """A run in 64 bits on this rank's rows of six batches, again and again, with this package's checkpoint files."""
-    batches = [rows(number, rank, count) for number in range(6)]
-    settings = {"devices": count, "precision": "64-true", "plugins": [AtomicCheckpointIO(mapped=True)], **settings}
-    return fit(built(kind), batches, steps, *callbacks, **settings)
-
-
-def whole_state(trainer: Trainer) -> dict[str, Any]:
-    return gathered(everything(trainer, trainer.lightning_module), True)
-
-
-def alone(kind: str, ranks: int, steps: int, *callbacks: Callback, **settings: Any) -> dict[str, Any]:
-    """The state that one process comes to on the joined batches with the draws of ``ranks``."""
-    method = built(kind)
-    with DrawsOfRanks(ranks, ROWS // ranks) as draws:
-        batches = [rows(number) for number in range(6)]
-        settings = {"precision": "64-true", "plugins": [AtomicCheckpointIO(mapped=True)], **settings}
-        return everything(fit(draws.watch(method), batches, steps, *callbacks, **settings), method)
-
-
-# --------------------------------------------------------------------- scenarios, each run by all ranks: rank -> findings
-
-
-def trained_together(rank: int, folder: Path) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
-    for kind in METHODS:
-        ready = trained(kind, rank, 2, 20, SaveAt(10, folder / f"{kind}.ckpt"), strategy="fsdp2")
-        seen[f"{kind}/fsdp2"], seen[f"{kind}/held"] = whole_state(ready), held(ready)
-        ready = trained(kind, rank, 2, 20, strategy="ddp" if kind == "cd" else UNUSED)
-        seen[f"{kind}/ddp"] = everything(ready, ready.lightning_module)
-    return seen
-
-
-def held(trainer: Trainer) -> dict[str, tuple[int, int]]:
-    """Numbers that this rank holds, and those there are, of each network and each optimiser; what it adds to a checkpoint."""
-    method: Any = trainer.lightning_module
-    parts = {"student": method.student, "ema": method.ema, "teacher": method.teacher}
-    tensors = {name: list(part.parameters()) for name, part in parts.items()}
-    for index, optimizer in enumerate(trainer.optimizers):
-        states = [value for state in optimizer.state.values() for value in state.values()]
-        tensors[f"optimizer.{index}"] = [value for value in states if value.dim()]
-    assert all(isinstance(value, DTensor) for values in tensors.values() for value in values)
-    counts = {name: (sum(local(v).numel() for v in vs), sum(v.numel() for v in vs)) for name, vs in tensors.items()}
-    return counts | {"checkpoint": (len(trainer.strategy.lightning_module_state_dict()), len(method.state_dict()))}
-
-
-def bad_on_one_rank(rank: int) -> dict[str, Any]:
-    """NaN data on rank one in the second batch: the states before and after it."""
-    states, batches = [], [rows(number, rank, 2) for number in range(2)]
-    if rank == 1:
-        batches[1].x0.fill_(float("nan"))
-    for steps in (1, 2):
-        ready = fit(consistency(), batches, steps, strategy="fsdp2", devices=2, precision="64-true")
-        states.append(whole_state(ready))
-    return {"before": states[0], "after": states[1]}
-
-
-def in_low_precision(rank: int) -> dict[str, Any]:
-    """The types in which blocks of the student and of a bfloat16 teacher see their weights, and those that are kept."""
-    seen: dict[str, Any] = {}
-    frozen = teacher(dropout=0.0)
-    frozen.frozen_dtype = torch.bfloat16
-    method = consistency(teacher=frozen, student=teacher(dropout=0.0))
-    for name, denoiser in {"student": method.student, "teacher": method.teacher}.items():
-        convolution = denoiser.network.model.up_blocks[0].resnets[0].conv1
-        convolution.register_forward_pre_hook(lambda part, _, name=name: seen.update({f"{name} used": part.weight.dtype}))
-    batches = [Batch(b.x0.float(), b.cond, b.null, b.noise.float()) for b in (rows(number, rank, 2) for number in range(2))]
-    fit(method, batches, 2, strategy="fsdp2", devices=2, precision="bf16-mixed")
-    seen |= {"student kept": next(method.student.parameters()).dtype, "teacher kept": next(method.teacher.parameters()).dtype}
-    seen["finite"] = all(torch.isfinite(local(parameter)).all() for parameter in method.student.parameters())
-    return seen
-
-
-def exported(rank: int, folder: Path) -> float:
-    """Difference between the exported average and the one in the last checkpoint; on rank one there is nothing to compare."""
-    batches = [rows(number, rank, 2) for number in range(2)]
-    saved = SaveAt(2, folder / "exported.ckpt")
-    settings = {"plugins": [AtomicCheckpointIO(mapped=True)], "default_root_dir": folder, "strategy": "fsdp2", "devices": 2}
-    fit(consistency(), batches, 2, ExportDenoiser(), saved, precision="64-true", **settings)
-    if rank == 1:
-        return 0.0
-    network = PretrainedDenoiser(str(folder / "export")).network
-    average = of_part(read_checkpoint(folder / "exported.ckpt")["state_dict"], "ema.module.network")
-    own = {f"ema.module.network.{key}": value for key, value in network.state_dict().items()}
-    return closest({key: value.float() for key, value in average.items()}, own)
-
-
-def families(rank: int) -> dict[str, tuple[float, float, int]]:
-    """Each family's network before and after it is sharded: differences of outputs and of input gradients; its units."""
-    seen = {}
-    mesh = init_device_mesh("cpu", (2,))
-    for name, family in FAMILIES.items():
-        network = WRAPPERS[family.model_class].of(family.model())
-        x = torch.randn(2, family.channels, family.size, family.size, generator=torch.Generator().manual_seed(0))
-        arguments = x.requires_grad_(), torch.tensor([10.0, 500.0]), family.cond(2)[0]
-        results = []
-        for sharded in (False, True):
-            if sharded:
-                shard([network], mesh)
-            output = network(*arguments)
-            results.append((output.detach(), torch.autograd.grad(output.square().sum(), x)[0]))
-        differences = [float((one - other).abs().max()) for one, other in zip(*results, strict=True)]
-        seen[name] = (*differences, sum(isinstance(part, FSDPModule) for part in network.modules()))
-    return seen
-
-
-def on_two(rank: int, folder: Path) -> dict[str, Any]:
-    seen = trained_together(rank, folder) | {"bad": bad_on_one_rank(rank), "low precision": in_low_precision(rank)}
-    return seen | {"exported": exported(rank, folder), "families": families(rank)}
-
-
-def on_four(rank: int, folder: Path) -> dict[str, Any]:
-    """Goes on from step 10 of two ranks for four steps."""
-    return {
-        kind: whole_state(trained(kind, rank, 4, 14, strategy="fsdp2", ckpt_path=folder / f"{kind}.ckpt")) for kind in RESUMED
-    }
+from distill.sharding import check_parts, check_whole
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Where every rank of two, then of four, leaves what it found, and two ranks their checkpoints of step 10."""
     folder = tmp_path_factory.mktemp("sharded")
-    run_alone(__file__, folder)
+    run_alone(str(sharded_runs.__file__), folder)
     return folder
 
 
@@ -270,6 +97,43 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_four(folder, kind):
     assert all(closest(found_by[kind], expected) < 1e-9 for found_by in found(folder, 4))
 
 
+def test_a_run_goes_from_one_strategy_to_the_other(ranks):
+    """Twelve steps, of which one was made under DDP and one with the teacher in host memory, are those of one process."""
+    assert closest(ranks[0]["across"]["state"], alone("cd", 2, 12)) < 1e-9
+    assert all(found_by["across"]["hosted"] == ["teacher"] for found_by in ranks)
+
+
+def test_gradients_of_several_batches_are_added_up(ranks):
+    method, batches = consistency(2), [rows(number) for number in range(4)]
+    with DrawsOfRanks(2, ROWS // 2) as draws:
+        expected = everything(fit(draws.watch(method), batches, 2, precision="64-true"), method)
+    assert closest(ranks[0]["accumulated"], expected) < 1e-9
+
+
+def test_the_norm_is_that_of_the_whole_gradient_and_clips_it(ranks):
+    for found_by in ranks:
+        whole, sharded = found_by["clipped"]["whole"], found_by["clipped"]["sharded"]
+        assert float(whole["norm"]) > 1 and closest(whole, sharded) < 1e-6
+        clipped_norm = torch.stack([value.norm() for key, value in sharded.items() if key != "norm"]).norm()
+        assert float(clipped_norm) == pytest.approx(0.1, rel=1e-4)
+
+
+def test_a_run_that_is_told_to_leave_goes_on_to_the_same_weights(folder, ranks):
+    """Also read by the tools, which build the run unsharded."""
+    assert [found_by["preempted"] for found_by in ranks] == [[0, EXIT_PREEMPTED, 0]] * 2
+    whole, cut = (read_checkpoint(folder / name / "checkpoints" / "last.ckpt") for name in ("whole", "cut"))
+    assert whole["global_step"] == cut["global_step"] == 12
+    for key in ("state_dict", "optimizer_states", "random_states"):
+        assert resuming.same(whole[key], cut[key]), key
+    _, method, _ = load_run(folder / "cut")
+    assert same(dict(method.state_dict()), cut["state_dict"])
+
+
+def test_ranks_with_unequal_numbers_of_batches_are_refused(ranks):
+    for found_by in ranks:
+        assert "validation has [3, 2] batches on the ranks" in found_by["uneven"][0] and found_by["uneven"][1] == ""
+
+
 def test_a_bad_batch_of_one_rank_is_skipped_by_all(ranks):
     for found_by in ranks:
         before, after = found_by["bad"]["before"], found_by["bad"]["after"]
@@ -306,12 +170,13 @@ def test_a_network_that_changes_its_weights_is_refused_if_it_is_trained():
     check_parts([network.requires_grad_(False)])
 
 
+def test_rounds_are_refused():
+    """They would copy a sharded student."""
+    settings = {"optimization": Optimization(adam), "evaluation": Evaluation(steps=[1])}
+    with pytest.raises(ValueError, match="Progressive copies the student when a round ends"):
+        Progressive(teacher(), 4, 1, 2, **settings).sharded_parts()
+
+
 def test_a_trained_weight_outside_of_networks_is_refused():
     with pytest.raises(ValueError, match="network.conv_in.weight is in no network"):
         check_whole(nn.ModuleDict({"network": nn.ModuleDict({"conv_in": nn.Linear(2, 2)})}))
-
-
-if __name__ == "__main__":
-    results = Path(sys.argv[1])
-    fork_ranks(partial(on_two, folder=results), 2, results)
-    fork_ranks(partial(on_four, folder=results), 4, results)

@@ -70,7 +70,10 @@ class Method(SampledModule, TrainedModule, ABC):
             )
 
     def sharded_parts(self) -> list[nn.Module]:
-        return super().sharded_parts() + ([] if self._teacher is None else networks_of(self._teacher.module))
+        return super().sharded_parts() + self.frozen_parts()
+
+    def frozen_parts(self) -> list[nn.Module]:
+        return [] if self._teacher is None else networks_of(self._teacher.module)
 
     def drawn(self, rule: GuidanceRule | None) -> GuidanceRule | None:
         """The rule of this batch, if there is one: its scale may be drawn."""
