@@ -57,7 +57,8 @@ def shard(
         ValueError: parts that share parameters, or that change their own weights as they are trained.
     """
     check_parts(parts)
-    device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None)
+    cuda = mesh.device_type == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device(mesh.device_type)
     for part in parts:
         take_weights_of_rank_zero(part, device, mesh.get_group())
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -104,19 +105,19 @@ def check_whole(module: nn.Module) -> None:
             raise ValueError(f"trainer.strategy=fsdp2: {name} is in no network that can be sharded; use trainer.strategy=ddp.")
 
 
-def check_equal_batches(module: nn.Module, count: int, what: str) -> None:
+def check_equal_batches(module: nn.Module, batches: Sequence[int | float], what: str) -> None:
     """Raises ValueError, on every rank, if those of a sharded module have unequal counts of batches: some would wait for ever.
 
     Args:
         module: that is called for each batch.
-        count: the batches of this rank.
+        batches: how many this rank has, of each loader.
         what: the pass over them, for the message.
     """
     if not is_sharded(module):
         return
-    counts = [0] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(counts, count)
-    if len(set(counts)) > 1:
+    counts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(counts, list(batches))
+    if any(count != counts[0] for count in counts):
         raise ValueError(
             f"trainer.strategy=fsdp2: {what} has {counts} batches on the ranks, which must call sharded networks together; "
             "choose data.eval_samples or data.eval_batch_size so that they are equally many."

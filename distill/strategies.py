@@ -34,6 +34,7 @@ class DDPOfPlayers(DDPStrategy):
     def configure_ddp(self) -> None:
         """Makes the exchanges, of a module that has the weights of rank zero on all ranks."""
         module = self.lightning_module
+        assert module is not None
         players = module.seated_players() if isinstance(module, TrainedModule) else []
         if len(players) < 2:
             super().configure_ddp()
@@ -42,15 +43,16 @@ class DDPOfPlayers(DDPStrategy):
         exchanges = []
         for player in players:
             player.take_turn(True)  # an exchange is over what requires gradients as it is made
-            self.model = self._setup_model(nn.ParameterList(player.parameters))
+            self.model = exchange = self._setup_model(nn.ParameterList(player.parameters))
             self._register_ddp_hooks()
-            exchanges.append(self.model)
+            exchanges.append(exchange)
         self.model, self.exchanges = module, tuple(exchanges)
 
     @property
     def exchange(self) -> DistributedDataParallel:
         """That of the player whose turn it is."""
-        return self.exchanges[self.lightning_module.playing]
+        module: Any = self.lightning_module
+        return self.exchanges[module.playing]
 
     def pre_backward(self, closure_loss: Tensor) -> None:
         """The player's exchange awaits its gradients."""

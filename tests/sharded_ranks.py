@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 DRAWS = (torch.rand, torch.randn, torch.randint, torch.randn_like)
 
 
-def run_alone(program: str, folder: Path, seconds: float = 550.0) -> None:
+def run_alone(program: str, folder: Path, seconds: float = 1500.0) -> None:
     """``program FOLDER`` in a process that has used no threads yet: they would be missing in its forks."""
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
@@ -36,7 +36,7 @@ def found(folder: Path, count: int) -> list[Any]:
     return [torch.load(folder / f"{rank}_of_{count}.pt") for rank in range(count)]
 
 
-def fork_ranks(function: Callable[[int], Any], count: int, folder: Path, seconds: float = 500.0) -> None:
+def fork_ranks(function: Callable[[int], Any], count: int, folder: Path, seconds: float = 1400.0) -> None:
     """Leaves in ``folder`` what ``function(rank)`` returns on each of ``count`` ranks, all forked from this process.
 
     One that fails, or is not done in time, is an error.

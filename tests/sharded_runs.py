@@ -216,7 +216,7 @@ def uneven(rank: int) -> list[str]:
     said = []
     for module in (sharded(nn.Linear(2, 2)), nn.Linear(2, 2)):
         try:
-            check_equal_batches(module, 3 - rank, "validation")
+            check_equal_batches(module, [3 - rank], "validation")
             said.append("")
         except ValueError as error:
             said.append(str(error))
@@ -300,5 +300,7 @@ def on_four(rank: int, folder: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     results = Path(sys.argv[1])
     write_recipe(results)
+    cli.import_parts()
+    built("dmd2")  # with what is imported only when it is needed
     fork_ranks(partial(on_two, folder=results), 2, results)
     fork_ranks(partial(on_four, folder=results), 4, results)

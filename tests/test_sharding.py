@@ -131,7 +131,7 @@ def test_a_run_that_is_told_to_leave_goes_on_to_the_same_weights(folder, ranks):
 
 def test_ranks_with_unequal_numbers_of_batches_are_refused(ranks):
     for found_by in ranks:
-        assert "validation has [3, 2] batches on the ranks" in found_by["uneven"][0] and found_by["uneven"][1] == ""
+        assert "validation has [[3], [2]] batches on the ranks" in found_by["uneven"][0] and found_by["uneven"][1] == ""
 
 
 def test_a_bad_batch_of_one_rank_is_skipped_by_all(ranks):

@@ -43,7 +43,7 @@ class GuidanceError(Callback):
             return
         method: Any = pl_module
         loader = trainer.datamodule.held_out_dataloader()  # type: ignore[attr-defined]
-        check_equal_batches(method, len(loader), "GuidanceError")
+        check_equal_batches(method, [len(loader)], "GuidanceError")
         players, data = (method.generator(method.ema.module), method.teacher), prepared(method, loader)
         first = trainer.global_rank << 32  # each rank has data, and numbers of samples, of its own
         sums = squared_errors(*players, data, self.scales, method.guidance, method.evaluation.seed, first)

@@ -119,8 +119,8 @@ class HalvingMethod(Method, ABC):
 
     def sharded_parts(self) -> list[nn.Module]:
         raise ValueError(
-            f"trainer.strategy=fsdp2: {type(self).__name__} copies the student when a round ends, which a sharded network cannot "
-            "be; use trainer.strategy=ddp."
+            f"trainer.strategy=fsdp2: {type(self).__name__} copies the student when a round ends, which cannot be done with "
+            "sharded networks; use trainer.strategy=ddp."
         )
 
     # ---------------------------------------------------------------------------------------------------------- rounds

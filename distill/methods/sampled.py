@@ -145,13 +145,13 @@ class SampledModule(LightningModule, ABC):
         return (generator, cond) if guidance is None else guided(generator, cond, null, guidance)
 
     def on_validation_start(self) -> None:
-        check_equal_batches(self, sum(self.trainer.num_val_batches), "validation")
+        check_equal_batches(self, self.trainer.num_val_batches, "validation")
 
     def on_test_start(self) -> None:
-        check_equal_batches(self, sum(self.trainer.num_test_batches), "test")
+        check_equal_batches(self, self.trainer.num_test_batches, "test")
 
     def on_predict_start(self) -> None:
-        check_equal_batches(self, sum(self.trainer.num_predict_batches), "prediction")
+        check_equal_batches(self, self.trainer.num_predict_batches, "prediction")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if not any(len(metrics) for metrics in self.metrics.values()):
