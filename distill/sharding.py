@@ -54,7 +54,7 @@ def shard(
         offloaded: of the parts, those whose rows lie in host memory. None may be trained.
 
     Raises:
-        ValueError: parts that share parameters, or that change their own weights as they are trained.
+        ValueError: parts that share parameters, or have parameters without rows.
     """
     check_parts(parts)
     cuda = mesh.device_type == "cuda"
@@ -82,15 +82,15 @@ def take_weights_of_rank_zero(part: nn.Module, device: torch.device, group: Any)
 
 
 def check_parts(parts: Sequence[nn.Module]) -> None:
-    """Raises ValueError if a parameter is in two of the parts, or a part's training forward changes its weights."""
+    """Raises ValueError for a parameter that is in two of the parts, or has no rows."""
     seen: dict[int, int] = {}
     for number, part in enumerate(parts):
-        if getattr(part, "rewrites_weights", False) and any(parameter.requires_grad for parameter in part.parameters()):
-            raise ValueError(
-                f"trainer.strategy=fsdp2: {type(part).__name__} normalises its weights before each training forward, of which "
-                "a rank has some rows only; use trainer.strategy=ddp."
-            )
         for name, parameter in part.named_parameters():
+            if parameter.dim() == 0:  # EDM2's, which also normalises its weights before each training forward
+                raise ValueError(
+                    f"trainer.strategy=fsdp2: {name} of {type(part).__name__} is a single number, which has no rows to share "
+                    "out; use trainer.strategy=ddp."
+                )
             if seen.setdefault(id(parameter), number) != number:
                 raise ValueError(
                     f"trainer.strategy=fsdp2: {name} is shared by two networks (LoRA layers or adapters on the teacher's "

@@ -33,7 +33,6 @@ from distill.ema import DecayAveraging
 from distill.grids import ConstantPoints, UniformGrid
 from distill.methods.consistency import Consistency
 from distill.networks.edm import EDM
-from distill.networks.edm2 import EDM2
 from distill.networks.families import FAMILIES as WRAPPERS
 from distill.networks.unet2d import UNet2D
 from distill.optimization import Optimization, PlayerOptimization, clip_gradients
@@ -271,8 +270,7 @@ def families(rank: int) -> dict[str, tuple[float, float, int]]:
     networks = {name: WRAPPERS[family.model_class].of(family.model()) for name, family in FAMILIES.items()}
     conditions = {name: family.cond(2)[0] for name, family in FAMILIES.items()}
     networks["edm"] = EDM(8, 3, None, "ddpmpp", 16, (1, 2), 1, (4,))
-    networks["edm2"] = EDM2(16, 8, 3, None, (1, 2), 1, (4,), 16).requires_grad_(False).eval()
-    for parameter in (*networks["edm"].parameters(), *networks["edm2"].parameters()):  # their last layers are zero at first
+    for parameter in networks["edm"].parameters():  # its last layers are zero at first
         parameter.data.normal_(std=0.1)
     for name, network in networks.items():
         x = torch.randn(2, *network.native_shape, generator=torch.Generator().manual_seed(0)).requires_grad_()

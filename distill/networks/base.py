@@ -26,7 +26,6 @@ class Network(nn.Module, ABC):
         widths: the conditions that it must be given, with the size of their last dimension.
         scalars: extra scalar inputs by name, see `add_scalar_input`.
         own_scalars: scalar inputs that the network has by itself, such as Flux' embedded ``guidance``.
-        rewrites_weights: whether its forward in training changes its own weights.
         null_class: whether the class after ``num_classes`` exists; without it ``labels`` cannot be guided.
     """
 
@@ -37,7 +36,6 @@ class Network(nn.Module, ABC):
     scalars: nn.ModuleDict
     own_scalars: tuple[str, ...] = ()
     null_class: bool = True
-    rewrites_weights: bool = False
 
     @abstractmethod
     def forward(self, x: Sample, time: Time, cond: Cond, r: Time | None = None) -> Sample:

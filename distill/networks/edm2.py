@@ -9,7 +9,7 @@ from torch import nn
 
 from distill.networks.base import Network
 from distill.networks.bottleneck import Bottleneck, Layer, edm_bottleneck
-from distill.networks.edm2_modules import Block, EDM2UNet
+from distill.networks.edm2_modules import EDM2UNet
 from distill.types import Cond, Sample, Time
 
 WIDTHS = {"XXS": 64, "XS": 128, "S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}
@@ -32,7 +32,6 @@ class EDM2(Network):
     """
 
     model_class, component = "EDM2UNet", "unet"
-    rewrites_weights = True
 
     def __init__(
         self,
@@ -66,9 +65,6 @@ class EDM2(Network):
 
     def time_embedding(self) -> tuple[nn.Module, int]:
         return self.model.embed, self.model.embed.weight.shape[1]
-
-    def units(self) -> list[nn.Module]:
-        return [part for part in self.model.modules() if isinstance(part, Block)]
 
     def bottleneck(self, layer: Layer = "middle") -> Bottleneck:
         return edm_bottleneck(self.model, self.native_shape, layer)
