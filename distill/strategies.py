@@ -25,7 +25,8 @@ class DDPOfPlayers(DDPStrategy):
     """Lightning's DDP, but that players who take turns have a gradient exchange each.
 
     One exchange for all would wait in each turn for gradients that do not come; with ``find_unused_parameters`` it searches the
-    graph for them, and sends zeros in their place. Methods of one player are as under Lightning's own.
+    graph for them, and sends zeros in their place. Buffers are those of rank zero at the start; what changes them later must do
+    so alike on all ranks. Methods of one player are as under Lightning's own.
     """
 
     exchanges: tuple[DistributedDataParallel, ...] = ()

@@ -31,6 +31,7 @@ from two_ranks import found_by_two_ranks
 
 import distill.strategies  # noqa: F401  the names of strategies
 from distill.distances import SquaredDistance
+from distill.divergences import FDivergence
 from distill.ema import DecayAveraging
 from distill.evaluation import Evaluation
 from distill.few_step import FewStepSampler
@@ -214,6 +215,15 @@ def exchanged(rank: int) -> list[int]:
     return seen
 
 
+def running_means(rank: int, ranks: int = 2) -> Tensor:
+    """Of density ratios in three bins over two batches, the rows of this rank (or of ``ranks`` as one)."""
+    divergence, generator = FDivergence("forward_kl", bins=3, decay=0.5), torch.Generator().manual_seed(0)
+    for _ in range(2):
+        ratio, position = torch.rand(2, 16, generator=generator).chunk(ranks, 1)[rank]
+        divergence(ratio + 0.1, position)
+    return divergence.mean_ratios
+
+
 def all_scenarios(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for accumulate in (1, 2):
@@ -233,6 +243,7 @@ def all_scenarios(rank: int) -> dict[str, Any]:
     found["distilled"] = distilled(rank)
     found["score distilled"] = score_distilled(rank)
     found["exchanged"] = exchanged(rank)
+    found["running means"] = running_means(rank)
     return found
 
 
@@ -326,6 +337,13 @@ def test_in_a_turn_the_gradients_of_its_player_alone_are_exchanged(ranks):
     method: Any = two_players()
     student, critic = (sum(p.numel() for p in part.parameters()) for part in (method.student, method.critic))
     assert all(found["exchanged"] == [critic, critic, student, critic] for found in ranks)
+
+
+def test_running_means_of_density_ratios_are_over_all_ranks(ranks):
+    expected = running_means(0, ranks=1)
+    assert len(set(expected.tolist())) == 3
+    for found in ranks:
+        torch.testing.assert_close(found["running means"], expected)
 
 
 if __name__ == "__main__":
