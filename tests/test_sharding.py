@@ -29,6 +29,10 @@ from distill.optimization import Optimization
 from distill.sharding import check_parts, check_whole
 
 
+LOADED = 1e-6
+"""Unsharded, Lightning loads a checkpoint into 32 bits before it widens a module to 64."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Where every rank of two, then of four, leaves what it found, and two ranks their checkpoints of step 10."""
@@ -88,18 +92,18 @@ def test_a_checkpoint_of_two_ranks_is_that_of_one_process(folder, ranks, kind):
 
 @pytest.mark.parametrize("kind", RESUMED)
 def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(folder, ranks, kind):
-    assert closest(alone(kind, 2, 20, ckpt_path=folder / f"{kind}.ckpt"), ranks[0][f"{kind}/fsdp2"]) < 1e-9
+    assert closest(alone(kind, 2, 20, ckpt_path=folder / f"{kind}.ckpt"), ranks[0][f"{kind}/fsdp2"]) < LOADED
 
 
 @pytest.mark.parametrize("kind", RESUMED)
 def test_a_checkpoint_of_two_ranks_goes_on_on_four(folder, kind):
     expected = alone(kind, 4, 14, ckpt_path=folder / f"{kind}.ckpt")
-    assert all(closest(found_by[kind], expected) < 1e-9 for found_by in found(folder, 4))
+    assert max(closest(found_by[kind], expected) for found_by in found(folder, 4)) < LOADED
 
 
 def test_a_run_goes_from_one_strategy_to_the_other(ranks):
     """Twelve steps, of which one was made under DDP and one with the teacher in host memory, are those of one process."""
-    assert closest(ranks[0]["across"]["state"], alone("cd", 2, 12)) < 1e-9
+    assert closest(ranks[0]["across"]["state"], alone("cd", 2, 12)) < LOADED
     assert all(found_by["across"]["hosted"] == ["teacher"] for found_by in ranks)
 
 
