@@ -44,7 +44,7 @@ from distill.solvers import Heun
 from distill.types import Batch
 
 ROWS = 8
-RESUMED = ("cd", "dmd2")
+RESUMED = ("dmd2",)
 
 
 def teacher() -> NetworkDenoiser:
