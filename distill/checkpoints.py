@@ -78,8 +78,14 @@ def remove_leftovers(folder: str | Path) -> None:
             leftover.unlink()
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: str | Path, map_location: Any = "cpu", mapped: bool = False) -> dict[str, Any]:
     """The contents of a checkpoint file. Tensors and plain types only: a pickle that would run code is refused.
+
+    Args:
+        path: the file.
+        map_location: where tensors go.
+        mapped: whether tensors on the CPU are windows on the file, of which only what is read is in memory, once for all
+            processes of a node. They must be copied and let go before anybody removes the file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -89,7 +95,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; `ls {path.parent}` shows what there is")
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        content = torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is not a checkpoint of tensors and plain types, so it was not loaded: {error}") from error
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, zipfile.BadZipFile) as error:
@@ -100,7 +106,14 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """How the Trainer writes and reads checkpoints: whole or not at all, and ``weights_only`` whatever is asked for."""
+    """How the Trainer writes and reads checkpoints: whole or not at all, and ``weights_only`` whatever is asked for.
+
+    Args:
+        mapped: see `read_checkpoint`; for a strategy whose ranks take their rows of each tensor.
+    """
+
+    def __init__(self, mapped: bool = False):
+        self.mapped = mapped
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Writes ``checkpoint`` to ``path``; see `atomic_writer` for what is promised and raised."""
@@ -114,7 +127,7 @@ class AtomicCheckpointIO(CheckpointIO):
         self, path: str | Path, map_location: Callable | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Reads a checkpoint onto the CPU; see `read_checkpoint`. ``weights_only=False`` is not obeyed."""
-        return read_checkpoint(path, map_location or "cpu")
+        return read_checkpoint(path, map_location or "cpu", self.mapped)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Removes the file, if it is there."""

@@ -47,12 +47,14 @@ EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # the averages of the student are
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own call
     r"`torch.jit.script` is deprecated",  # a dependency's
+    r"FSDP2-wrapped module .* returned a view tensor",  # nothing is added to it in place
 )
 TIMEOUT_HELP = (
     "Seconds after which a rank that waits for the others ends with an error, under a strategy given by its name "
     "(a class_path has its own timeout)."
 )
 PRECISIONS = ("32", "32-true", "64", "64-true", "bf16", "bf16-mixed")
+SHARDED = ("fsdp2", "fsdp2_offload")
 PROGRAM = ("distill.cli", "distill.__main__")
 
 
@@ -107,6 +109,9 @@ def check_trainer(trainer: Namespace, fitting: bool) -> None:
     if str(trainer.precision) not in PRECISIONS:
         reason = "losses are not scaled for half precision, and averages and optimisers need 32 bits"
         raise Refusal(f"trainer.precision={trainer.precision}: {reason}; use bf16-mixed, or one of {', '.join(PRECISIONS)}")
+    if str(trainer.strategy).startswith("fsdp") and trainer.strategy not in SHARDED:
+        reason = "Lightning's FSDP1 takes one network and automatic optimisation"
+        raise Refusal(f"trainer.strategy={trainer.strategy}: {reason}; use fsdp2, which shards each network on its own")
     steps = trainer.max_steps
     if steps == 0 or steps < -1:
         raise Refusal(f"trainer.max_steps={steps}: must be a positive number of steps, e.g. --trainer.max_steps=1000")
@@ -216,7 +221,7 @@ class DistillCLI(LightningCLI):
         """The Trainer with this package's checkpoint files, loggers and callbacks beside those of the config."""
         config = self._get(self.config_init, "trainer")
         plugins = config.plugins if isinstance(config.plugins, list) else [config.plugins] if config.plugins else []
-        kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        kwargs["plugins"] = [*plugins, AtomicCheckpointIO(mapped=config.strategy in SHARDED)]
         if SLURMEnvironment.detect():  # Lightning's requeue loses checkpoints, and leaves hpc_ckpt files that override ours
             kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
         timeout = timedelta(seconds=self._get(self.config_init, "process_group_timeout"))

@@ -41,7 +41,7 @@ class FDivergence(nn.Module):
 
     With ``decay``, ratios are first divided by their running mean at like times, for a discriminator that is off by a factor at
     some of them. The means start at 1 and take in a batch before it is divided by them, as in FastGen; its decay is 0.5 on
-    ImageNet-64, in 10 bins. Both means take in this rank's batch alone (under DDP the running one goes on from rank 0's).
+    ImageNet-64, in 10 bins. The running means are over the batches of all ranks, that of the weights over this rank's alone.
 
     Args:
         name: the divergence; ``reverse_kl`` weights all samples alike.
@@ -81,14 +81,17 @@ class FDivergence(nn.Module):
         return weights / weights.mean()
 
     def _update(self, ratio: PerSample, position: PerSample, decay: float) -> PerSample:
-        """The running mean ``(b,)`` of each sample's bin, with this batch in it.
+        """The running mean ``(b,)`` of each sample's bin, with this batch of all ranks in it. All ranks must call it.
 
         A mean that is not finite changes nothing: an empty bin's, or that of a step that is skipped for it.
         """
         own = (position * self.bins).long().clamp(0, self.bins - 1)
         # a sum over a mask: torch.bincount waits for the device, and scattered sums are not the same twice on a GPU
         inside = own == torch.arange(self.bins, device=own.device)[:, None]
-        batch_mean = torch.where(inside, ratio, 0.0).sum(1) / inside.sum(1)
+        totals = torch.stack([torch.where(inside, ratio, 0.0).sum(1), inside.sum(1).to(ratio.dtype)])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(totals)
+        batch_mean = totals[0] / totals[1]
         moved = decay * self.mean_ratios + (1 - decay) * batch_mean
         self.mean_ratios.copy_(torch.where(batch_mean.isfinite(), moved, self.mean_ratios))
         return self.mean_ratios[own]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distill.frozen import still_copy
 from distill.grids import Curriculum
+from distill.sharding import Outline, gathered, local
 
 
 class Averaging(ABC):
@@ -109,9 +110,13 @@ class EMA(nn.Module):
     Args:
         module: what is averaged.
         averaging: the decay of each update.
+
+    Attributes:
+        outline: what `whole` is made of, once the copy is sharded.
     """
 
     module: Any
+    outline: Outline | None = None
 
     def __init__(self, module: nn.Module, averaging: Averaging):
         super().__init__()
@@ -122,6 +127,16 @@ class EMA(nn.Module):
         """The average is always in evaluation mode, except where a method asks its module otherwise."""
         return self
 
+    def whole(self, wanted: bool) -> Any:
+        """The averaged module with whole weights on a rank that ``wanted`` it, where every rank must ask; None on the others.
+
+        It is the very module if that is not sharded, otherwise a copy on the CPU.
+        """
+        if self.outline is None:
+            return self.module if wanted else None
+        state = gathered(self.module.state_dict(), wanted)
+        return self.outline.filled(state) if wanted else None
+
     @torch.no_grad()
     def update(self, module: nn.Module, step: int, images: int, skipped: Tensor | None = None) -> None:
         """Moves towards ``module`` after optimiser step ``step`` (0-based) on ``images`` images of all ranks.
@@ -131,7 +146,7 @@ class EMA(nn.Module):
         """
         weight = 1 - self.averaging.decay(step, images)
         pairs = zip(self.module.parameters(), module.parameters(), strict=True)
-        own_pairs = [(average, value.detach()) for average, value in pairs if average is not value]
+        own_pairs = [(local(average), local(value.detach())) for average, value in pairs if average is not value]
         if own_pairs:
             averages, values = zip(*own_pairs, strict=True)
             differences = torch._foreach_sub(values, averages)

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from distill.denoiser import Denoiser, NetworkDenoiser, ScheduleView
 from distill.networks.base import inner_models
 from distill.networks.bottleneck import Bottleneck, Layer
+from distill.sharding import is_sharded, networks_of
 from distill.types import Cond, Time
 
 Image = Float[Tensor, "b channels height width"]
@@ -59,13 +61,14 @@ def denoise_with_features(
 
 
 def features_of(denoiser: Denoiser, x: Image, t: Time, cond: Cond, layer: Layer = "middle") -> FeatureMap:
-    """The features in float32 (or wider); what the network would compute after them is not computed.
+    """The features in float32 (or wider); what the network would compute after them is not computed, unless it is sharded.
 
     Raises:
         ValueError: see `bottleneck_of`.
     """
     bottleneck = bottleneck_of(denoiser, layer)
-    with _outputs(denoiser, bottleneck, stop=True) as outputs, contextlib.suppress(_Reached):
+    # Under sharding a call that is not ended leaves its weights gathered, and old.
+    with _outputs(denoiser, bottleneck, stop=not is_sharded(denoiser)) as outputs, contextlib.suppress(_Reached):
         denoiser(x, t, cond)
     return _only(outputs, bottleneck, x)
 
@@ -80,13 +83,19 @@ def _outputs(denoiser: Denoiser, bottleneck: Bottleneck, stop: bool) -> Iterator
         if stop:
             raise _Reached
 
-    handle = bottleneck.module.register_forward_hook(read)
+    handles = [bottleneck.module.register_forward_hook(read)]
+    for network in (part for part in networks_of(denoiser) if isinstance(part, FSDPModule)):
+        # A sharded network gathers its weights for the backward pass when a gradient reaches what it returned: the features
+        # too, for which they are among its outputs while FSDP looks at these.
+        handles.append(network.register_forward_hook(lambda part, inputs, output: (output, outputs[-1]), prepend=True))
+        handles.append(network.register_forward_hook(lambda part, inputs, output: output[0]))
     compiled = any(model._compiled_call_impl is not None for model in inner_models(denoiser))
     try:
         with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
             yield outputs
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _only(outputs: list[Any], bottleneck: Bottleneck, x: Image) -> FeatureMap:

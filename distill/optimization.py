@@ -10,9 +10,11 @@ from typing import Any, Literal
 import torch
 from jsonargparse import lazy_instance
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from distill.ema import Averaging, DecayAveraging
+from distill.sharding import local
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
 
@@ -118,7 +120,12 @@ class Optimization(PlayerOptimization):
 
 
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float | None) -> Tensor:
-    """Clips the gradients to ``max_norm`` if it is given; returns their norm before, a scalar tensor."""
+    """Clips the gradients to ``max_norm`` if it is given; returns their norm before, a scalar tensor.
+
+    Of sharded parameters every rank has the norm over all ranks.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        return clip_sharded_gradients(parameters, max_norm)
     if max_norm is not None:
         return nn.utils.clip_grad_norm_(parameters, max_norm)
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -133,6 +140,17 @@ def match_layouts(optimizer: Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def clip_sharded_gradients(parameters: Sequence[Any], max_norm: float | None) -> Tensor:
+    """The same over shards: each rank's own rows are measured and scaled. All ``parameters`` must be sharded over one mesh."""
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    squared = nn.utils.get_total_norm(gradients).square()
+    torch.distributed.all_reduce(squared, group=parameters[0].device_mesh.get_group())
+    norm = squared.sqrt()
+    if max_norm is not None:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))  # as in torch's own
+    return norm
 
 
 def step_unless(bad: Tensor, optimizer: Optimizer, step: Callable[[], Any]) -> None:

@@ -173,7 +173,8 @@ def memory(model: Any, ranks: Ranks, on_cpu: bool, run: Path, strategy: str) -> 
     if need > room and sharded:
         yield "note", f"memory: {words}, more than the {room / GIB:.1f} GiB of a rank, which has its share of them"
     elif need > room:
-        yield "WRONG", f"memory: {words}, a rank has {room / GIB:.1f} GiB: LoRA, a teacher in bfloat16, or a sharded strategy"
+        remedies = "LoRA, a teacher in bfloat16, or --trainer.strategy=fsdp2"
+        yield "WRONG", f"memory: {words}, a rank has {room / GIB:.1f} GiB: {remedies}"
     else:
         yield "ok", f"memory: {words} of {room / GIB:.1f} GiB a rank, without activations"
     state = bytes_of([*model.parameters(), *model.buffers()]) + 2 * trained

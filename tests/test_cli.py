@@ -74,6 +74,7 @@ WRONG = [
     (["--trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches=", "2", "optimization.accumulate_batches"),
     (["--trainer.precision=16-mixed"], "trainer.precision=", "16-mixed", "use bf16-mixed"),
     (["--trainer.precision=bf16-true"], "trainer.precision=", "bf16-true", "use bf16-mixed"),
+    (["--trainer.strategy=fsdp"], "trainer.strategy=", "fsdp", "use fsdp2"),
     (["--trainer.precision=17"], "trainer.precision=", "17", "'bf16-mixed'"),
     (["--trainer.accelerator=abacus"], "trainer: .*accelerator", "abacus", "Available names are"),
     (["--trainer.log_every_n_steps=0"], "trainer.log_every_n_steps=", "0", "must be positive"),

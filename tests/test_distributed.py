@@ -1,8 +1,4 @@
-"""Two processes that train together over gloo. Both are started once, run every scenario below and leave what they saw.
-
-Strategies: one player runs under plain ``ddp``; two players need ``ddp_find_unused_parameters_true``, because in each turn the
-other player's parameters get no gradient.
-"""
+"""Two processes that train together over gloo. Both are started once, run every scenario below and leave what they saw."""
 
 from __future__ import annotations
 
@@ -30,9 +26,12 @@ from helpers import (
 )
 from pytorch_lightning import Callback
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from two_ranks import found_by_two_ranks
 
+import distill.strategies  # noqa: F401  the names of strategies
 from distill.distances import SquaredDistance
+from distill.divergences import FDivergence
 from distill.ema import DecayAveraging
 from distill.evaluation import Evaluation
 from distill.few_step import FewStepSampler
@@ -53,7 +52,7 @@ from distill.types import Batch, Sample
 from distill.weights import ConstantWeight
 
 UNUSED = "ddp_find_unused_parameters_true"
-
+"""Lightning's own, of one exchange for both players."""
 
 TOLERANCES = {"32-true": 1e-6, "64-true": 1e-10}
 
@@ -193,35 +192,58 @@ def score_distilled(rank: int) -> dict[str, Any]:
 
     method.generate_from = watched  # type: ignore[method-assign]
     batches = [batch_of(10 * number + rank, tied=False) for number in range(6)]
-    return {"end": everything(fit(method, batches, 8, strategy=UNUSED, devices=2), method), "seen": seen}
+    return {"end": everything(fit(method, batches, 8, strategy="ddp", devices=2), method), "seen": seen}
 
 
-def plain_ddp_of_two_players(rank: int) -> str:
-    try:
-        fit(two_players(), [parted(number, rank) for number in range(3)], 3, strategy="ddp", devices=2)
-    except RuntimeError as error:
-        return str(error)
-    return "no error"
+def exchanged(rank: int) -> list[int]:
+    """How many gradients the ranks exchange in each of four turns."""
+    seen: list[int] = []
+
+    def count(state, bucket):
+        seen[-1] += bucket.buffer().numel()
+        return allreduce_hook(state, bucket)
+
+    class Counts(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Method) -> None:
+            for exchange in trainer.strategy.exchanges:
+                exchange.register_comm_hook(None, count)
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Method, batch: Any, batch_idx: int) -> None:
+            seen.append(0)
+
+    fit(two_players(), [parted(number, rank) for number in range(4)], 4, Counts(), strategy="ddp", devices=2)
+    return seen
+
+
+def running_means(rank: int, ranks: int = 2) -> Tensor:
+    """Of density ratios in three bins over two batches, the rows of this rank (or of ``ranks`` as one)."""
+    divergence, generator = FDivergence("forward_kl", bins=3, decay=0.5), torch.Generator().manual_seed(0)
+    for _ in range(2):
+        ratio, position = torch.rand(2, 16, generator=generator).chunk(ranks, 1)[rank]
+        divergence(ratio + 0.1, position)
+    return divergence.mean_ratios
 
 
 def all_scenarios(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for accumulate in (1, 2):
         found[f"one player/{accumulate}"] = trained_together(rank, denoising, "ddp", accumulate)
-        found[f"two players/{accumulate}"] = trained_together(rank, two_players, UNUSED, accumulate)
+        found[f"two players/{accumulate}"] = trained_together(rank, two_players, "ddp", accumulate)
     for precision in TOLERANCES:
         found[f"mmd/{precision}"] = trained_together(rank, mmd, "ddp", 1, precision)
     found["one player/64-true"] = trained_together(rank, denoising, "ddp", 2, "64-true")
-    found["two players/64-true"] = trained_together(rank, two_players, UNUSED, 2, "64-true")
+    found["two players/64-true"] = trained_together(rank, two_players, "ddp", 2, "64-true")
+    found["two players/unused"] = trained_together(rank, two_players, UNUSED, 2, "64-true")
     found["bad/fused"] = bad_on_one_rank(rank, lambda: denoising(optimizer=adam), "ddp", bad_rank=1)
     found["bad/plain"] = bad_on_one_rank(rank, lambda: denoising(optimizer=torch.optim.RAdam), "ddp", bad_rank=0)
-    found["bad/two players"] = bad_on_one_rank(rank, two_players, UNUSED, bad_rank=1)
+    found["bad/two players"] = bad_on_one_rank(rank, two_players, "ddp", bad_rank=1)
     found["bad loss"] = bad_loss_with_a_good_gradient(rank)
     found["bad for ever"] = bad_for_ever_on_one_rank(rank)
     found["drawn"] = drawn(rank)
     found["distilled"] = distilled(rank)
     found["score distilled"] = score_distilled(rank)
-    found["plain ddp"] = plain_ddp_of_two_players(rank)
+    found["exchanged"] = exchanged(rank)
+    found["running means"] = running_means(rank)
     return found
 
 
@@ -243,6 +265,7 @@ def ranks(tmp_path_factory):
         ("two players/1", two_players, 1, "32-true"),
         ("two players/2", two_players, 2, "32-true"),
         ("two players/64-true", two_players, 2, "64-true"),
+        ("two players/unused", two_players, 2, "64-true"),
         ("mmd/32-true", mmd, 1, "32-true"),
         ("mmd/64-true", mmd, 1, "64-true"),
     ],
@@ -309,8 +332,18 @@ def test_ranks_leave_a_few_step_generator_at_the_same_time(ranks):
     assert closest(of_part(first["end"], "student"), untrained) > 1e-3
 
 
-def test_two_players_under_plain_ddp_end_with_advice(ranks):
-    assert all("find_unused_parameters=True" in found["plain ddp"] for found in ranks)
+def test_in_a_turn_the_gradients_of_its_player_alone_are_exchanged(ranks):
+    """Critic, critic, student, critic."""
+    method: Any = two_players()
+    student, critic = (sum(p.numel() for p in part.parameters()) for part in (method.student, method.critic))
+    assert all(found["exchanged"] == [critic, critic, student, critic] for found in ranks)
+
+
+def test_running_means_of_density_ratios_are_over_all_ranks(ranks):
+    expected = running_means(0, ranks=1)
+    assert len(set(expected.tolist())) == 3
+    for found in ranks:
+        torch.testing.assert_close(found["running means"], expected)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,21 @@ import numpy
 import pytest
 import tiny_samples
 import torch
+from helpers import evaluation, trainer
 from script import load_script
 
 from datamodules.encoded import EncodedDataModule
 from datamodules.pictures import Pictures
 from distill.codecs import AutoencoderKLCodec
 from distill.conditioners import ClipConditioner, StableDiffusionXLConditioner
+from distill.conditioners.towers import TextTower
+from distill.denoiser import NetworkDenoiser
+from distill.methods.denoising import DenoisingTraining
+from distill.networks.unet2d_condition import UNet2DCondition
+from distill.optimization import Optimization
+from distill.schedules import RectifiedFlow
 from distill.space import ModelSpace
+from distill.times import UniformTimes
 from distill.types import Batch, DataSpec
 
 tool = load_script("encode_latents")
@@ -62,6 +70,22 @@ def test_means_and_embeddings_are_those_of_the_space(recipe, towers, tmp_path):
         (2, 2, 2), None, False, {"prompt_embeds": 8}, identity["codec"]["sha256"], identity["conditioner"]["sha256"]
     )
     assert space.spec(module.spec).shape == (2, 2, 2)
+
+
+def test_training_on_stored_embeddings_loads_no_text_encoder(recipe, towers, tmp_path, monkeypatch):
+    """With ``model.space.conditioner=null``: what the network reads is in the data."""
+    from diffusers import UNet2DConditionModel
+
+    module = encode(recipe, tmp_path / "out")
+    monkeypatch.setattr(TextTower, "__init__", lambda *arguments: pytest.fail("a text encoder is loaded"))
+    sides = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",), "layers_per_block": 1}
+    sizes = {"in_channels": 2, "out_channels": 2, "sample_size": 2, "cross_attention_dim": 8, "attention_head_dim": 4}
+    model = UNet2DConditionModel(**sides, **sizes, block_out_channels=(8,), norm_num_groups=4)
+    student, space = NetworkDenoiser(UNet2DCondition.of(model), RectifiedFlow()), ModelSpace(AutoencoderKLCodec(str(towers)))
+    method = DenoisingTraining(student, UniformTimes(), Optimization(), evaluation(), space=space)
+    method.check_data(module.spec)
+    trainer(2).fit(method, datamodule=module)
+    assert method.batches_seen == 2
 
 
 def test_another_codec_is_refused_by_the_space(recipe, towers, tmp_path):

@@ -11,7 +11,7 @@ from pytorch_lightning import Callback
 from torch import nn
 
 from distill.lora import LoRA, start_student
-from distill.methods.trained import Player
+from distill.methods.players import Player
 from distill.networks.unet2d import UNet2D
 from distill.optimization import LearningRate, Optimization, PlayerOptimization
 
@@ -145,6 +145,65 @@ def test_gradients_that_are_accumulated_stay_those_of_one_player():
     moved = {part: [watch.moved(batch, part) for batch in range(9)] for part in ("student", "critic")}
     assert moved == {"critic": [False, False, True, False, False, False, False, False, True],
                      "student": [False, False, False, False, False, True, False, False, False]}  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------- what is trained is asserted
+
+
+class Meddling(Game):
+    """Before the turn of each player, something has changed what requires gradients."""
+
+    meddle: Any = staticmethod(lambda method: None)
+
+    def critic_losses(self, batch: Any) -> Any:
+        losses = super().critic_losses(batch)
+        self.meddle(self)
+        return losses
+
+
+def thaw_teacher(method: Any) -> None:
+    method.teacher.scale = nn.Parameter(torch.ones(()))
+
+
+def thaw_average(method: Any) -> None:
+    next(method.ema.parameters()).requires_grad_(True)
+
+
+def add_a_weight(method: Any) -> None:
+    method.balance = nn.Parameter(torch.ones(()))
+
+
+def freeze_student(method: Any) -> None:
+    """Past the player, which thaws its own."""
+    first = method._players[0]
+    first.take_turn = lambda own: None
+
+
+@pytest.mark.parametrize(
+    ("meddle", "words"),
+    [
+        (thaw_teacher, "in the turn of the student, _teacher.scale requires gradients, and is not its own"),
+        (thaw_average, "in the turn of the student, ema.module.network.* requires gradients, and is not its own"),
+        (add_a_weight, "in the turn of the student, balance requires gradients, and is not its own"),
+        (freeze_student, "in the turn of the student, student.network.* is its own, and requires none"),
+    ],
+)
+def test_a_wrong_set_of_trained_parameters_ends_the_run_at_the_next_turn(meddle: Any, words: str):
+    method = Meddling(
+        small(seed=1, num_classes=2), two_classes(), small(seed=2, num_classes=2), FixedTimes(),
+        optimization=Optimization(), critic_optimization=PlayerOptimization(),
+    )  # fmt: skip
+    method.meddle = meddle
+    with pytest.raises(RuntimeError, match=words):
+        fit(method, BATCHES, 4)
+    assert method.batches_seen == 1
+
+
+def test_what_no_player_trains_may_not_require_gradients_in_the_first_turn():
+    method = playing()
+    method.ema.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="in the turn of the critic, ema.module.*: a loss or a callback has changed"):
+        fit(method, BATCHES, 1)
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused

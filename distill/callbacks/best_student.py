@@ -11,6 +11,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from distill.callbacks.export import ExportDenoiser
 from distill.checkpoints import RunCheckpoint, find_checkpoint, read_checkpoint
 from distill.image_features import check_independent
+from distill.sharding import is_sharded
 
 
 class BestStudent(Callback):
@@ -74,7 +75,7 @@ class BestStudent(Callback):
             rank_zero_info(f"no student was measured by val/{self.metric}: the last one is kept")
             return
         method: Any = pl_module
-        best = read_checkpoint(path)
+        best = read_checkpoint(path, mapped=is_sharded(method))
         method.load_state_dict(best["state_dict"], strict=True)
         figure = best["callbacks"][kept.state_key]["best"]
         rank_zero_info(f"best student: step {best['global_step']}, val/{self.metric} {figure:.4f}, of {path}")

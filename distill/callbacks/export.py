@@ -49,20 +49,22 @@ class ExportDenoiser(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the folder on rank zero; also when a finished run is started again, which may have been cut before it."""
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         method: Any = pl_module
+        student = method.ema.whole(trainer.is_global_zero)
+        if not trainer.is_global_zero:
+            return
         folder = Path(trainer.default_root_dir) / "export"
         partial = folder.with_name("export.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        write_teacher(method, partial)
+        write_teacher(student, method, partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 
 
-def write_teacher(method: Any, folder: Path) -> None:
+def write_teacher(denoiser: NetworkDenoiser, method: Any, folder: Path) -> None:
     """Writes the average of a method's student into a new folder, with the autoencoder and text encoder of its space."""
-    denoiser: NetworkDenoiser = method.ema.module
     if is_edm(denoiser):
         save_edm(denoiser, folder)
         return

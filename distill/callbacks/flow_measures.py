@@ -14,6 +14,7 @@ from distill.denoiser import Denoiser
 from distill.guidance import guided
 from distill.methods.sampled import SampledModule
 from distill.noise import SeededNoise
+from distill.sharding import is_sharded
 from distill.straightness import follow
 from distill.types import Batch, Cond
 
@@ -57,6 +58,8 @@ class FlowMeasures(Callback):
     def measure(self, trainer: Trainer, method: Any, player: str) -> dict[str, Tensor]:
         """``straightness`` and ``transport_cost``, named after a player: the student ``""`` or ``"teacher_"``."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if is_sharded(method) and self.num % trainer.world_size:
+            raise ValueError(f"num={self.num}: {trainer.world_size} ranks of a sharded network draw together; give a multiple.")
         examples, size = data.examples(self.num), data.eval_batch_size
         sums = torch.zeros(3, device=method.device)
         for first in range(trainer.global_rank, self.num, trainer.world_size * size):

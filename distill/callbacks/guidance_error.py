@@ -7,6 +7,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from distill.guidance_error import prepared, reads_scale, squared_errors
+from distill.sharding import check_equal_batches
 
 
 class GuidanceError(Callback):
@@ -42,6 +43,7 @@ class GuidanceError(Callback):
             return
         method: Any = pl_module
         loader = trainer.datamodule.held_out_dataloader()  # type: ignore[attr-defined]
+        check_equal_batches(method, [len(loader)], "GuidanceError")
         players, data = (method.generator(method.ema.module), method.teacher), prepared(method, loader)
         first = trainer.global_rank << 32  # each rank has data, and numbers of samples, of its own
         sums = squared_errors(*players, data, self.scales, method.guidance, method.evaluation.seed, first)

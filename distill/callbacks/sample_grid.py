@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distill.checkpoints import atomic_writer
 from distill.methods.sampled import SampledModule
+from distill.sharding import is_sharded
 
 SHORTEST_SIDE = 32
 """Samples smaller than this many pixels are enlarged by whole factors, so that a person can see them."""
@@ -83,13 +84,18 @@ class SampleGrid(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws, writes and logs the grid."""
-        if not trainer.is_global_zero or trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        if not trainer.is_global_zero and not is_sharded(pl_module):
+            return  # the ranks of a sharded network draw together
         if not isinstance(pl_module, SampledModule):
             return  # an autoencoder or a text tower: no student to draw from
         classes = trainer.datamodule.spec.num_classes  # type: ignore[attr-defined]
         columns = min(self.columns, classes or self.columns)
-        sheet = draw_grid(self.blocks(trainer, pl_module, columns), columns)
+        blocks = self.blocks(trainer, pl_module, columns)
+        if not trainer.is_global_zero:
+            return
+        sheet = draw_grid(blocks, columns)
         step = trainer.global_step
         save_sheet(sheet, Path(trainer.default_root_dir) / "samples" / f"step_{step:08d}.png")
         self.log_image(trainer, sheet, step)

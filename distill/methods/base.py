@@ -20,6 +20,7 @@ from distill.methods.trained import TrainedModule
 from distill.networks.base import inner_models
 from distill.optimization import Optimization
 from distill.pretrained import identity_of
+from distill.sharding import networks_of
 from distill.space import ModelSpace
 
 
@@ -70,6 +71,12 @@ class Method(SampledModule, TrainedModule, ABC):
     @property
     def owners(self) -> list[nn.Module]:
         return [self] if self._teacher is None else [self, self._teacher.module]
+
+    def sharded_parts(self) -> list[nn.Module]:
+        return super().sharded_parts() + self.frozen_parts()
+
+    def frozen_parts(self) -> list[nn.Module]:
+        return [] if self._teacher is None else networks_of(self._teacher.module)
 
     def drawn(self, rule: GuidanceRule | None) -> GuidanceRule | None:
         """The rule of this batch, if there is one: its scale may be drawn."""

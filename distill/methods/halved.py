@@ -117,6 +117,12 @@ class HalvingMethod(Method, ABC):
         """Whom this round's student learns from, not guided."""
         return self.generator(self.teacher if self.previous is None else self.previous.module)
 
+    def sharded_parts(self) -> list[nn.Module]:
+        raise ValueError(
+            f"trainer.strategy=fsdp2: {type(self).__name__} copies the student when a round ends, which cannot be done with "
+            "sharded networks; use trainer.strategy=ddp."
+        )
+
     # ---------------------------------------------------------------------------------------------------------- rounds
 
     def on_fit_start(self) -> None:

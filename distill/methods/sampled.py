@@ -19,6 +19,7 @@ from distill.guidance import GuidanceRule, guided
 from distill.noise import SeededNoise
 from distill.pretrained import identity_of
 from distill.samplers import Sampler
+from distill.sharding import check_equal_batches
 from distill.space import ModelSpace, check_fit
 from distill.types import Batch, Cond, DataSpec, Sample
 
@@ -142,6 +143,15 @@ class SampledModule(LightningModule, ABC):
     ) -> tuple[Denoiser, Cond]:
         """The generator and conditions for sampling at a guidance scale: by default a classifier-free rule around it."""
         return (generator, cond) if guidance is None else guided(generator, cond, null, guidance)
+
+    def on_validation_start(self) -> None:
+        check_equal_batches(self, self.trainer.num_val_batches, "validation")
+
+    def on_test_start(self) -> None:
+        check_equal_batches(self, self.trainer.num_test_batches, "test")
+
+    def on_predict_start(self) -> None:
+        check_equal_batches(self, self.trainer.num_predict_batches, "prediction")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if not any(len(metrics) for metrics in self.metrics.values()):

@@ -107,6 +107,9 @@ class ScoreDistillation(TwoPlayerMethod, ABC):
     def student_sampler(self) -> Sampler:
         return self.sampler
 
+    def sharded_parts(self) -> list[nn.Module]:
+        return super().sharded_parts() + ([self.head] if "head" in self.critic else [])
+
     def prepare(self, batch: Batch) -> Batch:
         return super().prepare(batch if self.reads_data else replace(batch, encoded=True))
 

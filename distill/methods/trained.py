@@ -11,57 +11,22 @@ import contextlib
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule
-from pytorch_lightning.strategies import ParallelStrategy
+from pytorch_lightning.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distill.ema import EMA
 from distill.lora import checkpoint_gradients
+from distill.methods.players import Player, check_players, check_turn
 from distill.networks.base import inner_models, put_channels_last, unets
-from distill.optimization import (
-    Optimization,
-    PlayerOptimization,
-    SkippedSteps,
-    clip_gradients,
-    match_layouts,
-    step_unless,
-)
+from distill.optimization import Optimization, SkippedSteps, clip_gradients, match_layouts, step_unless
+from distill.sharding import Outline, check_whole, is_sharded, networks_of, scattered_state, shard
 from distill.types import Batch, DataSpec, Losses
-
-
-@dataclass
-class Player:
-    """One side of a method: what it trains and how.
-
-    Attributes:
-        name: in the names of its losses.
-        losses: what its turns minimise.
-        module: what it trains.
-        optimization: how.
-        parameters: of the module, those that are trained.
-    """
-
-    name: str
-    losses: Callable[[Batch], Losses]
-    module: nn.Module
-    optimization: PlayerOptimization
-    parameters: list[nn.Parameter] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-
-    def take_turn(self, own: bool) -> None:
-        """In its ``own`` turn a player requires gradients and is in training mode, dropout on; in others' neither."""
-        for parameter in self.parameters:
-            parameter.requires_grad_(own)
-        if self.module.training != own:
-            self.module.train(own)
 
 
 class TrainedModule(LightningModule, ABC):
@@ -78,6 +43,7 @@ class TrainedModule(LightningModule, ABC):
     Attributes:
         ema: the average of the student.
         batches_seen: training batches that this rank has worked on since the run began.
+        playing: whose turn it is, an index into the players; None before the first turn.
     """
 
     student: Any
@@ -97,6 +63,7 @@ class TrainedModule(LightningModule, ABC):
         self.skipped = SkippedSteps(optimization.max_skipped)
         self.batches_seen = 0
         self._accumulated_bad: Tensor | None = None
+        self.playing: int | None = None
         self._players: list[Player] = []
 
     @abstractmethod
@@ -115,6 +82,39 @@ class TrainedModule(LightningModule, ABC):
     def student_step(self) -> int:
         """Steps that the student has made: what curricula count."""
         return self.player_step(0, self.batches_seen // self.optimization.accumulate_batches)
+
+    # ---------------------------------------------------------------------------------------------------- sharding
+
+    def sharded_parts(self) -> list[nn.Module]:
+        """What is sharded, each on its own: modules that are called as a whole."""
+        return networks_of(self)
+
+    def frozen_parts(self) -> list[nn.Module]:
+        """Of these the ones that are never trained nor saved."""
+        return []
+
+    def configure_model(self) -> None:
+        """Shards the networks, under a strategy that wants it.
+
+        Raises:
+            ValueError: what cannot be sharded: networks that share weights, trained weights outside of networks, compilation,
+                channels last.
+        """
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, ModelParallelStrategy) or is_sharded(self):
+            return
+        for name in ("compile", "channels_last"):
+            if getattr(self.optimization, name):
+                raise ValueError(f"optimization.{name}=true: not known to work under trainer.strategy=fsdp2; set it to false.")
+        self.ema.outline = Outline(self.ema.module)
+        precision = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        offloaded = self.frozen_parts() if getattr(strategy, "offload_teacher", False) else []
+        shard(self.sharded_parts(), strategy.device_mesh["data_parallel"], precision, offloaded)
+        check_whole(self)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads what `state_dict` gave; of whole tensors a sharded module takes the rows of its rank."""
+        return super().load_state_dict(scattered_state(state_dict, self), strict, assign)
 
     # ------------------------------------------------------------------------------------------------ optimisation
 
@@ -141,26 +141,29 @@ class TrainedModule(LightningModule, ABC):
         """Where networks are: this module, and what it holds without registering it."""
         return [self]
 
-    def configure_optimizers(self) -> list[Optimizer]:
-        # Kept for the next run of the same method: after one that failed, some parameters require no gradients.
+    def seated_players(self) -> list[Player]:
+        """The players of this run, each with all that it trains.
+
+        They are kept for the next run of the same method: after one that failed, some parameters require no gradients.
+
+        Raises:
+            ValueError: a player with nothing to train, or two with the same parameters.
+        """
         self._players = self._players or self.players()
-        self._check_players()
-        optimizers = [player.optimization.optimizer(player.parameters) for player in self._players]
+        check_players(self._players)
+        return self._players
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        optimizers = [player.optimization.optimizer(player.parameters) for player in self.seated_players()]
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["initial_lr"] = group["lr"]
         for optimizer in optimizers:
             optimizer.register_load_state_dict_post_hook(match_layouts)
         return optimizers
 
-    def _check_players(self) -> None:
-        """Each player must train something, and no parameter may have two trainers."""
-        seen: dict[int, str] = {}
-        for player in self._players:
-            if not player.parameters:
-                raise ValueError(f"the {player.name} has no parameter that is trained: give one that has (lora, or a copy).")
-            for parameter in player.parameters:
-                if (other := seen.setdefault(id(parameter), player.name)) is not player.name:
-                    raise ValueError(f"the {other} and the {player.name} train the same parameters: give each its own copy.")
+    def on_train_start(self) -> None:
+        """No turn has been taken in this run."""
+        self.playing = None
 
     def on_train_end(self) -> None:
         """All players are as they were before the first turn."""
@@ -171,8 +174,7 @@ class TrainedModule(LightningModule, ABC):
         step, part = divmod(self.batches_seen, self.optimization.accumulate_batches)
         index = self.turn(step)
         player = self._players[index]
-        for other in self._players:
-            other.take_turn(other is player)
+        self.give_turn(index)
         self.seed_draws()
         losses = player.losses(self.prepare(batch))
         last = part + 1 == self.optimization.accumulate_batches
@@ -185,6 +187,14 @@ class TrainedModule(LightningModule, ABC):
         self.batches_seen += 1
         for name, value in losses.items():
             self.log(f"train/{player.name}/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(batch))
+
+    def give_turn(self, index: int) -> None:
+        """It is the turn of player ``index``; where it was another's before, what is trained is asserted by `check_turn`."""
+        for number, player in enumerate(self._players):
+            player.take_turn(number == index)
+        if index != self.playing:
+            check_turn(self, self._players[index])
+            self.playing = index
 
     def _gradient_sync(self, wanted: bool) -> contextlib.AbstractContextManager:
         """Ranks exchange gradients in the last backward of a step only."""

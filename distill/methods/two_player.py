@@ -11,7 +11,7 @@ from distill.evaluation import Evaluation
 from distill.guidance import GuidanceRule
 from distill.lora import checkpoint_gradients
 from distill.methods.base import Method
-from distill.methods.trained import Player
+from distill.methods.players import Player
 from distill.optimization import Optimization, PlayerOptimization
 from distill.space import ModelSpace
 from distill.types import Batch, Losses

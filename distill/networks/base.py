@@ -58,6 +58,13 @@ class Network(nn.Module, ABC):
         """
         raise ValueError(f"{type(self).__name__} does not say where its inner features are read: it needs a `bottleneck`.")
 
+    def units(self) -> list[nn.Module]:
+        """The blocks that are sharded one by one, from the outside in if one holds another; [] for none.
+
+        No parameter of a block may be read outside of its own call, and a call may change none of its arguments.
+        """
+        return []
+
     def add_scalar_input(self, name: str) -> None:
         """The network now also reads ``cond[name]`` ``(b,)``, at first without effect; see `ScalarInput`.
 
@@ -236,6 +243,13 @@ class DiffusersNetwork(Network):
     def class_embedding(self) -> tuple[nn.Module, int] | None:
         """The module that embeds ``labels``, and the size of its output; None for a model without classes."""
         return None
+
+    def units(self) -> list[nn.Module]:
+        """The blocks that diffusers itself keeps together on a device; in a model that names none, the levels of its lists."""
+        names = self.model._no_split_modules
+        if names:
+            return [part for part in self.model.modules() if type(part).__name__ in names]
+        return [block for blocks in self.model.children() if isinstance(blocks, nn.ModuleList) for block in blocks]
 
     def attached(self) -> list[AttachedAdapter]:
         """The adapters."""

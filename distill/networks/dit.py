@@ -50,6 +50,10 @@ class DiT(DiffusersNetwork):
         for embedding in self._embeddings()[1:]:
             scalar.add_to(embedding.timestep_embedder)
 
+    def units(self) -> list[nn.Module]:
+        """All blocks but the first, whose embedding the output layer reads."""
+        return list(self.model.transformer_blocks[1:])
+
     def bottleneck(self, layer: Layer = "middle") -> Bottleneck:
         return transformer_bottleneck(
             self.model.transformer_blocks, self.model.config, self.native_shape, self.model.config.patch_size

@@ -6,7 +6,7 @@ from torch import nn
 
 from distill.networks.base import Network
 from distill.networks.bottleneck import Bottleneck, Layer, edm_bottleneck
-from distill.networks.edm_modules import Architecture, EDMUNet
+from distill.networks.edm_modules import Architecture, Block, EDMUNet
 from distill.types import Cond, Sample, Time
 
 
@@ -60,6 +60,9 @@ class EDM(Network):
 
     def time_embedding(self) -> tuple[nn.Module, int]:
         return self.model.embed, self.model.time_width
+
+    def units(self) -> list[nn.Module]:
+        return [part for part in self.model.modules() if isinstance(part, Block)]
 
     def bottleneck(self, layer: Layer = "middle") -> Bottleneck:
         return edm_bottleneck(self.model, self.native_shape, layer)
