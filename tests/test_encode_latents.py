@@ -76,7 +76,8 @@ def test_training_on_stored_embeddings_loads_no_text_encoder(recipe, towers, tmp
     """With ``model.space.conditioner=null``: what the network reads is in the data."""
     from diffusers import UNet2DConditionModel
 
-    module = encode(recipe, tmp_path / "out")
+    encode(recipe, tmp_path / "out")
+    module = EncodedDataModule(str(tmp_path / "out"), batch_size=2)
     monkeypatch.setattr(TextTower, "__init__", lambda *arguments: pytest.fail("a text encoder is loaded"))
     sides = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",), "layers_per_block": 1}
     sizes = {"in_channels": 2, "out_channels": 2, "sample_size": 2, "cross_attention_dim": 8, "attention_head_dim": 4}
