@@ -1,8 +1,8 @@
 """How training scales to several processes, each with a batch of the same size: what ``tools/bench.py --ranks 2`` runs.
 
-First one process alone, then all of them under DDP, which exchange their gradients in every other round of turns. In the rounds
-between everything else is the same (DDP's buckets, its search for parameters that had no part in the loss, the few bytes of
-buffers and flags), so that they say what the exchange costs, with the wait for the slowest rank.
+First one process alone, then all of them under the strategy ``ddp`` of recipes, which exchange their gradients in every other
+round of turns. In the rounds between everything else is the same (DDP's buckets, the flag of bad steps), so that they say what
+the exchange costs, with the wait for the slowest rank.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
 
 from datamodules.digits import DigitsDataModule
 from distill.callbacks.throughput import finish_work, now
 from distill.methods.base import Method
+from distill.strategies import DDPOfPlayers
 
 
 class RoundTimes(Callback):
@@ -47,15 +46,14 @@ class RoundTimes(Callback):
         return (number // self.turns) % 2 == 0
 
     def exchange(self, group: Any, bucket: Any) -> torch.futures.Future[Tensor]:
-        """What DDP does with a bucket of gradients in this batch.
-
-        (`no_sync` would not do: DDP takes parameters of the players before it for parts of the loss of the batch after it.)
-        """
+        """What DDP does with a bucket of gradients in this batch."""
         return (allreduce_hook if self.exchanged(self.number) else noop_hook)(group, bucket)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        model = trainer.strategy.model
-        if isinstance(model, DistributedDataParallel):
+        strategy: Any = trainer.strategy
+        if not isinstance(strategy, DDPOfPlayers):
+            return
+        for model in strategy.exchanges or [strategy.model]:
             # Wrapped, because DDP refuses annotations that are strings.
             model.register_comm_hook(None, lambda group, bucket: self.exchange(group, bucket))
 
@@ -85,7 +83,7 @@ def timed(method: Method, ranks: int, rounds: int, warmup: int, batch_size: int)
     trainer = Trainer(
         max_steps=(warmup + rounds) * times.turns,
         callbacks=[times],
-        strategy=DDPStrategy(find_unused_parameters=times.turns > 1) if ranks > 1 else "auto",
+        strategy=DDPOfPlayers() if ranks > 1 else "auto",
         devices=ranks,
         logger=False,
         enable_checkpointing=False,
@@ -101,6 +99,13 @@ def timed(method: Method, ranks: int, rounds: int, warmup: int, batch_size: int)
 def turns_of(method: Method) -> int:
     """Batches of a round: the critic's turns and the student's."""
     return getattr(method, "critic_steps", 0) + 1
+
+
+def exchanged_bytes(method: Method) -> int:
+    """Bytes of the gradients that a rank gives in a round: in each turn its player's."""
+    players = method.seated_players()
+    turns = [players[method.turn(turn)] for turn in range(turns_of(method))]
+    return sum(value.numel() * value.element_size() for player in turns for value in player.parameters)
 
 
 def scaling(build: Callable[[], Method], ranks: int, steps: int, warmup: int, batch_size: int) -> dict[str, float]:
@@ -126,12 +131,11 @@ def scaling(build: Callable[[], Method], ranks: int, steps: int, warmup: int, ba
         return {}
     own = statistics.mean([alone.round(True), alone.round(False)])
     one, all_ranks = turns * batch_size / own, turns * batch_size * ranks / together.round(True)
-    exchanged = sum(value.numel() * value.element_size() for value in method.parameters() if value.requires_grad)
     return {
         "steps": together.count,
         "images_per_second_one_rank": round(one, 1),
         "images_per_second": round(all_ranks, 1),
         "scaling_efficiency": round(all_ranks / (ranks * one), 3),
         "communication_share": round(1 - together.round(False) / together.round(True), 3),
-        "gradient_mib": round(exchanged / 2**20, 2),
+        "gradient_mib_a_round": round(exchanged_bytes(method) / 2**20, 2),
     }
