@@ -130,6 +130,10 @@ class DiffusersCodec(Codec, ABC):
     def _load(cls, folder: Path, dtype: str, variant: str | None, allow_pickle: bool) -> Any:
         import diffusers
 
+        if not hub.reads_weights():
+            with hub.built_on():
+                built = getattr(diffusers, cls.model_class).from_config(hub.read_json(folder / "config.json"))
+            return built.to(getattr(torch, dtype)).eval().requires_grad_(False)
         model, report = getattr(diffusers, cls.model_class).from_pretrained(
             folder,
             torch_dtype=getattr(torch, dtype),

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from distill import hub
 from distill.denoiser import Denoiser, NetworkDenoiser
 from distill.edm_published import Published, read_published
 from distill.hub import content_hash, read_json
@@ -68,7 +69,7 @@ def _read_folder(folder: Path) -> Published:
     content = read_json(folder / FILES[0])
     if content.get("network") not in NETWORKS or not isinstance(content.get("config"), dict):
         raise ValueError(f"path={str(folder)!r}: config.json has network={content.get('network')!r}: {ADVICE}.")
-    state = load_file(folder / FILES[1])
+    state = load_file(folder / FILES[1]) if hub.reads_weights() else {}
     return Published(content["network"], content["config"], content["sigma_data"], state, [])
 
 
@@ -77,7 +78,8 @@ def _build(published: Published, settings: dict[str, Any]) -> EDM | EDM2:
     config: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in published.config.items()}
     try:
         network = NETWORKS[published.network](**config, **settings)
-        network.model.load_state_dict(published.state)
+        if hub.reads_weights():
+            network.model.load_state_dict(published.state)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{published.network} does not take these settings and weights: {error}") from error
     return network
@@ -131,6 +133,8 @@ class PretrainedEDM(NetworkDenoiser):
     def locate(path: str) -> Path:
         """The file, or the folder with all that is read of it. Raises FileNotFoundError naming what is missing."""
         place = Path(path)
+        if not hub.reads_weights():
+            return hub.config_folder(path)
         if place.is_file():
             return place
         missing = [name for name in FILES if not (place / name).is_file()]

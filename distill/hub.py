@@ -12,11 +12,14 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
+
+from distill.published_configs import write_published
 
 SMALL = (".json", ".txt", ".model")
 WEIGHTS = {"safetensors": ("diffusion_pytorch_model", "model"), "bin": ("diffusion_pytorch_model", "pytorch_model")}
@@ -29,6 +32,7 @@ ADVICE = (
 FETCH = "run `python tools/fetch.py --config FILE` where there is a network, then start again"
 
 _CACHE_ONLY: ContextVar[bool] = ContextVar("cache_only", default=False)
+_CONFIGS: ContextVar[Path | None] = ContextVar("configs", default=None)
 
 
 @contextmanager
@@ -39,6 +43,53 @@ def cache_only() -> Iterator[None]:
         yield
     finally:
         _CACHE_ONLY.reset(token)
+
+
+@contextmanager
+def configs_only() -> Iterator[None]:
+    """Within it pretrained networks are built from their configs on the meta device: nothing is fetched, no weights are read.
+
+    A config is that of the folder, of the hub's cache, or of `distill.published_configs`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        token = _CONFIGS.set(Path(folder))
+        try:
+            yield
+        finally:
+            _CONFIGS.reset(token)
+
+
+def reads_weights() -> bool:
+    """Whether pretrained networks are to read their weights: not within `configs_only`."""
+    return _CONFIGS.get() is None
+
+
+def built_on() -> AbstractContextManager[Any]:
+    """The device on which networks are built: the meta device within `configs_only`, else torch's own choice."""
+    if reads_weights():
+        return nullcontext()
+    import torch
+
+    return torch.device("meta")
+
+
+def config_folder(path: str, files: Sequence[str] = ("config.json",)) -> Path:
+    """Within `configs_only`: the local folder of ``path`` that holds one of ``files``, or the known configs of that path.
+
+    Raises:
+        FileNotFoundError: neither is there; says what to give.
+    """
+    base = _CONFIGS.get()
+    assert base is not None
+    if any((Path(path) / file).is_file() for file in files):
+        return Path(path)
+    known = base / path.replace("/", "--")
+    if known.is_dir() or write_published(path, known):
+        return known
+    raise FileNotFoundError(
+        f"path={path!r}: a plan needs the config.json of each network, and neither that folder nor the hub's cache has it: "
+        "fetch the model (tools/fetch.py), or give a folder with its config files alone (no weights are read)."
+    )
 
 
 @contextmanager
@@ -76,6 +127,8 @@ def resolve(path_or_id: str, revision: str | None = None, parts: Sequence[str] =
         ValueError: a revision of a local folder.
     """
     folder = Path(path_or_id)
+    if not reads_weights() and not folder.is_dir():
+        return _cached_configs(path_or_id, revision, parts)
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"revision={revision!r}: path={path_or_id!r} is a local folder, which has none; leave it out.")
@@ -83,6 +136,19 @@ def resolve(path_or_id: str, revision: str | None = None, parts: Sequence[str] =
     if not is_hub_id(path_or_id):
         raise FileNotFoundError(f"path={path_or_id!r}: there is no such folder; {ADVICE}.")
     return _snapshot(path_or_id, revision, parts)
+
+
+def _cached_configs(path_or_id: str, revision: str | None, parts: Sequence[str]) -> Path:
+    """The snapshot in the hub's cache, if its configs are there, or the known configs."""
+    import huggingface_hub
+
+    small = [part for part in parts if part.endswith(".json")]
+    try:
+        if is_hub_id(path_or_id):
+            return Path(huggingface_hub.snapshot_download(path_or_id, revision=revision, allow_patterns=small, local_files_only=True))
+    except Exception:  # not in the cache; huggingface_hub has another class of error for each reason
+        pass
+    return config_folder(path_or_id)
 
 
 def _snapshot(repository: str, revision: str | None, parts: Sequence[str]) -> Path:
@@ -171,6 +237,8 @@ def component_files(
     with naming(named):
         read_json(folder / "config.json")
         weights = weight_files(folder, variant, allow_pickle)
+    if not reads_weights():
+        return [(folder / "config.json").relative_to(root).as_posix()]
     if not weights:
         _refuse_weights(named, within, folder, variant, allow_pickle, hint)
     missing = [file.name for file in weights if not file.is_file()]

@@ -55,7 +55,7 @@ def locate_towers(
                 f"path={path!r}: text_encoder{ending}/ holds a model of type {found!r}, where a {kind.encoder} "
                 f"({kind.model_type!r}) is needed: give the conditioner of this pipeline's family, or another folder."
             )
-        if not any((root / f"tokenizer{ending}" / name).is_file() for name in TOKENIZER_FILES):
+        if hub.reads_weights() and not any((root / f"tokenizer{ending}" / name).is_file() for name in TOKENIZER_FILES):
             raise FileNotFoundError(
                 f"path={path!r}: tokenizer{ending}/ has no tokenizer there (one of {', '.join(TOKENIZER_FILES)}): "
                 "give the folder of a whole pipeline."
@@ -87,8 +87,11 @@ class TextTower(nn.Module):
     ):
         super().__init__()
         transformers = import_transformers()
-        self.tokenizer = _load_tokenizer(getattr(transformers, kind.tokenizer), root / f"tokenizer{ending}")
         folder = root / f"text_encoder{ending}"
+        if not hub.reads_weights():
+            self._describe(getattr(transformers, kind.encoder), folder, dtype)
+            return
+        self.tokenizer = _load_tokenizer(getattr(transformers, kind.tokenizer), root / f"tokenizer{ending}")
         encoder, report = getattr(transformers, kind.encoder).from_pretrained(
             folder,
             dtype=getattr(torch, dtype or "float32"),
@@ -105,6 +108,14 @@ class TextTower(nn.Module):
             )
         self.encoder = encoder.eval().requires_grad_(False)
         self.length, self.width = self.tokenizer.model_max_length, encoder.config.hidden_size
+
+    def _describe(self, encoder_class: Any, folder: Path, dtype: Precision | None) -> None:
+        """An encoder without weights and no tokenizer: enough to count its parameters."""
+        config = encoder_class.config_class.from_pretrained(folder)
+        with hub.built_on():
+            self.encoder = encoder_class(config).to(getattr(torch, dtype or "float32")).eval().requires_grad_(False)
+        self.tokenizer, self.width = None, config.hidden_size
+        self.length = getattr(config, "max_position_embeddings", 0)
 
     def forward(
         self, prompts: list[str], length: int, masked: bool = False, states: bool = False

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from distill import hub
 from distill.adapters import SECOND_TIME, Adapter, AttachedAdapter, ScalarInput, SecondTime, remove_hooks, remove_lora, required
 from distill.networks.bottleneck import Bottleneck, Layer
 from distill.types import Cond, Sample, Time
@@ -170,7 +171,8 @@ class DiffusersNetwork(Network):
 
         model_class = getattr(diffusers, self.model_class)
         try:
-            model = model_class(**config)
+            with hub.built_on():
+                model = model_class(**config)
         except TypeError as error:
             raise ValueError(f"config={config}: {self.model_class} does not take it ({error}).") from error
         nn.Module.__init__(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from distill import hub
 from distill.networks.base import Network
 from distill.networks.bottleneck import Bottleneck, Layer, edm_bottleneck
 from distill.networks.edm_modules import Architecture, Block, EDMUNet
@@ -54,7 +55,8 @@ class EDM(Network):
             dropout=dropout,
             dropout_resolution=dropout_resolution,
         )
-        self.model = EDMUNet(**self.config)  # type: ignore[arg-type]
+        with hub.built_on():
+            self.model = EDMUNet(**self.config)  # type: ignore[arg-type]
         self.shape = self.native_shape = (in_channels, sample_size, sample_size)
         self.num_classes, self.widths, self.scalars = num_classes, {}, nn.ModuleDict()
 

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from distill import hub
 from distill.networks.base import Network
 from distill.networks.bottleneck import Bottleneck, Layer, edm_bottleneck
 from distill.networks.edm2_modules import EDM2UNet
@@ -59,7 +60,8 @@ class EDM2(Network):
             dropout_resolution=dropout_resolution,
         )
         self.config = {"size": size, **shared}
-        self.model = EDM2UNet(width=size if isinstance(size, int) else WIDTHS[size], **shared)  # type: ignore[arg-type]
+        with hub.built_on():
+            self.model = EDM2UNet(width=size if isinstance(size, int) else WIDTHS[size], **shared)  # type: ignore[arg-type]
         self.shape = self.native_shape = (in_channels, sample_size, sample_size)
         self.num_classes, self.widths, self.scalars = num_classes, {}, nn.ModuleDict()
 
