@@ -33,12 +33,6 @@ PARAMETERS = {
 AUTOENCODER = 83_653_863
 
 
-class Real(plan.Planned):
-    """The same method with its weights."""
-
-    reads_weights = True
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the tiny overrides find their teachers."""
@@ -74,7 +68,8 @@ def test_counts_without_weights_are_those_of_the_stepped_method(
 ) -> None:
     monkeypatch.chdir(folder)
     words = [plan.NO_DATA, "--config", str(recipe), "--config", str(TINY[recipe])]
-    planned, real = plan.Planned(words, run=False).model, Real(words, run=False).model
+    parsed = plan.Planned(words, run=False)
+    planned, real = parsed.build(), parsed.build(weights=True)
     rows = states_by_role(planned, planned.players())
     optimizers = step_once(real)
     teacher = [] if real._teacher is None else [*real._teacher.module.parameters(), *real._teacher.module.buffers()]
@@ -103,7 +98,7 @@ def test_optimiser_and_average_are_those_of_the_checkpoint_of_a_run(
     monkeypatch.chdir(folder)
     recipe = CONFIGS / f"{name}.yaml"
     words = ["--config", str(recipe), "--config", str(TINY[recipe])]
-    planned = plan.Planned([plan.NO_DATA, *words], run=False).model
+    planned = plan.Planned([plan.NO_DATA, *words], run=False).build()
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_steps=2"]
     main(["fit", *words, *quiet, f"--trainer.default_root_dir={tmp_path}"])
     state = read_checkpoint(tmp_path / "checkpoints/last.ckpt")
@@ -131,7 +126,7 @@ def test_a_full_size_recipe_is_planned_without_weights(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     import_parts()
     words = [plan.NO_DATA, "--config", str(CONFIGS / "sdxl/dmd2_4step.yaml")]
-    method = plan.Planned(words, run=False).model
+    method = plan.Planned(words, run=False).build()
     rows, count = states_by_role(method, method.players()), 2_567_463_684
     assert rows["teacher"].weights == 2 * count
     for name in ("student", "fake score", "average"):
@@ -144,7 +139,7 @@ def test_a_full_size_recipe_is_planned_without_weights(tmp_path: Path, monkeypat
 def test_lora_layers_share_the_teacher_and_are_counted_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     recipe = CONFIGS / "sd15/lcm_lora.yaml"
-    method = plan.Planned([plan.NO_DATA, "--config", str(recipe), "--config", str(TINY[recipe])], run=False).model
+    method = plan.Planned([plan.NO_DATA, "--config", str(recipe), "--config", str(TINY[recipe])], run=False).build()
     roles = tensors_by_role(method)
     everything = [tensor.untyped_storage()._cdata for tensors in roles.values() for tensor in tensors]
     assert len(everything) == len(set(everything))

@@ -25,20 +25,20 @@ GIB = 2**30
 
 
 class Planned(DistillCLI):
-    """Builds the method of a config, and neither its data nor a Trainer."""
-
-    reads_weights = False
+    """Parses a config as a run does, and builds its method alone: neither data nor a Trainer."""
 
     def _set_seed(self) -> None:
         """Off: nothing is trained."""
 
     def instantiate_classes(self) -> None:
-        """Only the model, on the meta device unless it ``reads_weights``."""
+        """Nothing yet; see `build`."""
         self.data_settings = self.config.pop("data")
-        with contextlib.nullcontext() if self.reads_weights else hub.configs_only():
-            self.model = self.parser.instantiate(self.config, instantiators=[(self.construct, object, True)]).model
-        if str(self.config.trainer.precision).startswith("64"):
-            self.model.double()
+
+    def build(self, weights: bool = False) -> Any:
+        """The method; on the meta device, and without reading weights, unless ``weights``."""
+        with contextlib.nullcontext() if weights else hub.configs_only():
+            method: Any = self.parser.instantiate(self.config, instantiators=[(self.construct, object, True)]).model
+        return method.double() if str(self.config.trainer.precision).startswith("64") else method
 
 
 def table(rows: dict[str, States]) -> list[str]:
@@ -61,7 +61,7 @@ def main(args: list[str] | None = None) -> None:
     arguments, overrides = parser.parse_known_args(args)
     import_parts()
     configs = [word for file in arguments.config for word in ("--config", file)]
-    method: Any = Planned([NO_DATA, *configs, *overrides], run=False).model
+    method = Planned([NO_DATA, *configs, *overrides], run=False).build()
     players = method.players()
     rows = states_by_role(method, players)
     print("\n".join(table(rows)))
