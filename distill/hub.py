@@ -145,7 +145,10 @@ def _cached_configs(path_or_id: str, revision: str | None, parts: Sequence[str])
     small = [part for part in parts if part.endswith(".json")]
     try:
         if is_hub_id(path_or_id):
-            return Path(huggingface_hub.snapshot_download(path_or_id, revision=revision, allow_patterns=small, local_files_only=True))
+            found = huggingface_hub.snapshot_download(
+                path_or_id, revision=revision, allow_patterns=small, local_files_only=True
+            )
+            return Path(found)
     except Exception:  # not in the cache; huggingface_hub has another class of error for each reason
         pass
     return config_folder(path_or_id)

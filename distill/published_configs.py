@@ -1,7 +1,7 @@
 """Configs of the published models that the recipes name: what a plan builds them from where their files are not at hand.
 
-By path, as a recipe gives it, and by file in it. A key that is missing has the default of the model's class, as in the published
-files. The numbers of parameters that these give are those of the published weights (tests/test_plan_published.py).
+By path, as a recipe gives it, and by file in it. A key that is missing has the default of the model's class, which is what the
+published file says. For Stable Diffusion the numbers of parameters are held to the published ones by tests/test_plan_states.py.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Says before a run is queued what each device will hold, and whether it fits. No weights and no data are read.
+"""Says before a run is queued what its states hold on a device, and whether they fit. No weights and no data are read.
 
-    python tools/plan.py --config configs/FOLDER/RECIPE.yaml --devices 8 --memory 80
+    python tools/plan.py --config configs/FOLDER/RECIPE.yaml --memory 80
 
-Further options are those of ``python -m distill fit``, e.g. ``--model.init_args.optimization.gradient_checkpointing=true`` or a
-second ``--config``. The networks are built on the meta device from their config.json: that of a local folder, of the hub's cache,
-or, for the models that this package's recipes name, the published one. Sizes are in GiB. Ends with 1 if the run does not fit,
-with 2 if the config is wrong.
+Further options are those of ``python -m distill fit``, e.g. a second ``--config``. The networks are built on the meta device
+from their config.json: that of a local folder, of the hub's cache, or, for most models that the recipes name, the published
+one. Sizes are in GiB: weights, gradients and optimiser states of one device that shards nothing. Activations, and the buckets
+of several devices, come on top. Ends with 1 if the states do not fit, with 2 if the config is wrong.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many bytes the tensors that a computation makes hold, at every moment; the same of real tensors and of ones without memory."""
+"""How many bytes the tensors that a computation makes hold, at every moment: of real ones, and of ones without memory."""
 
 from __future__ import annotations
 

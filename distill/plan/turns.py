@@ -1,4 +1,4 @@
-"""What one turn of a player does: evaluations and operations, the bytes that each network keeps, and the peak and its moment."""
+"""What one turn of a player does: evaluations, operations, the bytes that each network keeps, the peak and its moment."""
 
 from __future__ import annotations
 
