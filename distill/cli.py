@@ -31,6 +31,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 import datamodules
 import distill
 from distill.callbacks.loggers import run_loggers
+from distill.callbacks.memory_plan import MemoryPlan
 from distill.callbacks.predictions import PredictionWriter
 from distill.callbacks.preemption import Preemption
 from distill.callbacks.random_state import RandomState
@@ -150,6 +151,7 @@ class DistillCLI(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(SampleGrid, "sample_grid")
         parser.add_lightning_class_args(Throughput, "throughput")
+        parser.add_lightning_class_args(MemoryPlan, "plan")
         parser.add_argument("--process_group_timeout", type=PositiveFloat, default=600.0, help=TIMEOUT_HELP)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -176,7 +176,7 @@ def memory(model: Any, ranks: Ranks, on_cpu: bool, run: Path, strategy: str) -> 
         remedies = "LoRA, a teacher in bfloat16, or --trainer.strategy=fsdp2"
         yield "WRONG", f"memory: {words}, a rank has {room / GIB:.1f} GiB: {remedies}"
     else:
-        yield "ok", f"memory: {words} of {room / GIB:.1f} GiB a rank, without activations"
+        yield "ok", f"memory: {words} of {room / GIB:.1f} GiB a rank; tools/plan.py counts activations too"
     state = bytes_of([*model.parameters(), *model.buffers()]) + 2 * trained
     if 3 * state > shutil.disk_usage(run).free:
         yield "WRONG", f"disk: three checkpoints of {state / GIB:.1f} GiB do not fit into {run}; make room, or give another RUN"

@@ -13,6 +13,7 @@ from standins import write_standins
 from distill import hub
 from distill.checkpoints import read_checkpoint
 from distill.cli import import_parts, main
+from distill.plan.plan import make_plan
 from distill.plan.roles import tensors_by_role
 from distill.plan.states import states_by_role
 
@@ -145,6 +146,7 @@ def test_lora_layers_share_the_teacher_and_are_counted_once(folder: Path, monkey
     assert len(everything) == len(set(everything))
     assert {id(tensor) for tensor in roles["student"]} >= {id(p) for p in method.student.parameters() if p.requires_grad}
     assert all("lora" in name or not p.requires_grad for name, p in method.student.named_parameters())
+    assert not make_plan(method, None).shardable
 
 
 def test_an_unknown_model_is_refused_and_says_what_to_give(
@@ -158,14 +160,3 @@ def test_an_unknown_model_is_refused_and_says_what_to_give(
     said = capsys.readouterr().err
     assert exit_info.value.code == 2 and "Traceback" not in said
     assert all(word in said for word in ("model.teacher", "'owner/unknown'", "config.json", "tools/fetch.py")), said
-
-
-def test_the_tool_says_whether_states_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for memory, code, words in ((24, 0, "fit"), (4, 1, "do not fit")):
-        with pytest.raises(SystemExit) as exit_info:
-            plan.main(["--config", str(CONFIGS / "sd15/lcm_lora.yaml"), f"--memory={memory}"])
-        last = capsys.readouterr().out.strip().splitlines()[-1]
-        assert exit_info.value.code == code and last.endswith(words), last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,14 +23,17 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         now: bytes that live.
+        gradients: how many of these the caller knows to be gradients.
         phase: a name that the caller sets.
-        peak: the most bytes that lived, and in which phase.
+        peaks: the most bytes that lived in each phase.
+        others: the most bytes besides gradients.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()):
         super().__init__()
-        self.now, self.phase = 0, ""
-        self.peak: tuple[int, str] = (0, "")
+        self.now, self.gradients, self.phase = 0, 0, ""
+        self.peaks: Counter[str] = Counter()
+        self.others: Counter[str] = Counter()
         self._seen = WeakIdKeyDictionary()
         for tensor in known:
             self._seen[tensor.untyped_storage()] = True
@@ -48,9 +52,9 @@ class LiveBytes(TorchDispatchMode):
         self._seen[storage] = True
         size = storage.nbytes()
         self.now += size
-        weakref.finalize(storage, self._freed, size)
-        if self.now > self.peak[0]:
-            self.peak = (self.now, self.phase)
+        weakref.finalize(storage, self._freed, size).atexit = False
+        self.peaks[self.phase] = max(self.peaks[self.phase], self.now)
+        self.others[self.phase] = max(self.others[self.phase], self.now - self.gradients)
 
     def _freed(self, size: int) -> None:
         self.now -= size

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distill.methods.trained import Player
 from distill.plan.roles import OTHERS, tensors_by_role
+from distill.plan.stand_ins import KnownValues
 
 
 @dataclass
@@ -50,22 +51,14 @@ def optimizer_states(player: Player) -> list[int]:
     """Bytes of optimiser state that each of the player's parameters has after the first step.
 
     The player's own optimiser makes one step on stand-ins of the parameters, which have no memory.
-
-    Raises:
-        ValueError: an optimiser whose step reads values, so that it cannot be made without them.
     """
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):
         stand_ins = [nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="cpu")) for p in player.parameters]
-        optimizer = player.optimization.optimizer(stand_ins)
         for parameter in stand_ins:
             parameter.grad = torch.empty_like(parameter)
-        try:
+        optimizer = player.optimization.optimizer(stand_ins)
+        with KnownValues():
             optimizer.step()
-        except RuntimeError as error:
-            raise ValueError(
-                f"{player.name}: the states of {type(optimizer).__name__} cannot be counted without values "
-                f"({type(error).__name__}): plan with torch.optim.AdamW, fused, and add the difference."
-            ) from error
         return [state_bytes(optimizer.state[parameter]) for parameter in stand_ins]
 
 
