@@ -34,6 +34,26 @@ SDXL_UNET = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+DDPM_CIFAR10 = {
+    "_class_name": "UNet2DModel",
+    "sample_size": 32,
+    "block_out_channels": [128, 256, 256, 256],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": None,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "norm_eps": 1e-6,
+}
+DINO_LARGE = {
+    "model_type": "dinov2",
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 518,
+    "patch_size": 14,
+}
 DIT_XL2 = {
     "_class_name": "DiTTransformer2DModel",
     "sample_size": 32,
@@ -93,10 +113,14 @@ EDM2_S = {
     "attention": [16, 8],
 }
 
+SD15 = {
+    "unet/config.json": SD15_UNET,
+    "scheduler/scheduler_config.json": _scheduler("PNDMScheduler", skip_prk_steps=True),
+}
+
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": {
-        "unet/config.json": SD15_UNET,
-        "scheduler/scheduler_config.json": _scheduler("PNDMScheduler", skip_prk_steps=True),
+        **SD15,
         "vae/config.json": _kl(0.18215, 512),
         "text_encoder/config.json": CLIP_L,
     },
@@ -113,6 +137,13 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
         "text_encoder/config.json": CLIP_L,
         "text_encoder_2/config.json": _clip(1280, 32, 20, 1280, "gelu"),
     },
+    "exported/sd15_dmd2_first": SD15,  # what the first of two recipes leaves for the second
+    "google/ddpm-cifar10-32": {
+        "unet/config.json": DDPM_CIFAR10,
+        "scheduler/scheduler_config.json": {"_class_name": "DDPMScheduler", "beta_schedule": "linear"},
+    },
+    "openai/clip-vit-base-patch32": {"config.json": {"model_type": "clip"}},
+    "facebook/dinov2-large": {"config.json": DINO_LARGE},
     "madebyollin/sdxl-vae-fp16-fix": {"config.json": _kl(0.13025, 512)},
     "facebook/DiT-XL-2-256": {
         "transformer/config.json": DIT_XL2,

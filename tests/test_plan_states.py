@@ -31,6 +31,7 @@ PARAMETERS = {
     "stabilityai/stable-diffusion-2-1": 865_910_724,
     "stabilityai/stable-diffusion-xl-base-1.0": 2_567_463_684,
 }
+DDPM_CIFAR10 = 35_746_307
 AUTOENCODER = 83_653_863
 
 
@@ -110,6 +111,18 @@ def test_optimiser_and_average_are_those_of_the_checkpoint_of_a_run(
     assert rows["average"].weights == size(value for key, value in state["state_dict"].items() if key.startswith("ema."))
 
 
+def test_features_without_weights_have_the_published_numbers_of_parameters() -> None:
+    """Of CLIP's image tower with its projection, of DINOv2's large tower, and of Inception up to its pooling."""
+    from distill.image_features.image_towers import ClipFeatures, DinoFeatures
+    from distill.image_features.inception import InceptionFeatures
+
+    with hub.configs_only():
+        towers = [ClipFeatures("openai/clip-vit-base-patch32"), DinoFeatures("facebook/dinov2-large")]
+        networks = [part.network.module for part in [*towers, InceptionFeatures("absent.pt")]]
+    counts = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
+    assert counts == [87_849_216, 304_368_640, 21_785_568]
+
+
 @pytest.mark.parametrize("path", PARAMETERS)
 def test_published_configs_have_the_published_numbers_of_parameters(path: str) -> None:
     from distill.codecs import AutoencoderKLCodec
@@ -120,6 +133,14 @@ def test_published_configs_have_the_published_numbers_of_parameters(path: str) -
     assert sum(parameter.numel() for parameter in teacher.parameters()) == PARAMETERS[path]
     assert sum(parameter.numel() for parameter in codec.parameters()) == AUTOENCODER
     assert {parameter.device.type for parameter in teacher.parameters()} == {"meta"}
+
+
+def test_the_published_config_of_ddpm_has_the_published_number_of_parameters() -> None:
+    from distill.pretrained import PretrainedDenoiser
+
+    with hub.configs_only():
+        teacher = PretrainedDenoiser("google/ddpm-cifar10-32", allow_pickle=True)
+    assert sum(parameter.numel() for parameter in teacher.parameters()) == DDPM_CIFAR10
 
 
 def test_a_full_size_recipe_is_planned_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

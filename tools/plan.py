@@ -27,8 +27,6 @@ from distill.plan.table import GIB, described, states_table, turns_table
 
 NO_DATA = "--data=SyntheticDataModule"
 """Ahead of the config: recipes whose data is the user's are planned without any."""
-SWITCHES = (("gradient checkpointing", "optimization.gradient_checkpointing", "true"), ("LoRA", "lora", "{rank: 64}"))
-"""In words, a key of a player's settings, and its value."""
 
 
 class Planned(DistillCLI):
@@ -47,32 +45,38 @@ class Planned(DistillCLI):
             method: Any = self.parser.instantiate(self.config, instantiators=[(self.construct, object, True)]).model
         return method.double() if str(self.config.trainer.precision).startswith("64") else method
 
-    def work(self, batch_size: int | None, shape: list[int] | None) -> Work | None:
+    def work(self, shape: list[int] | None) -> Work | None:
         """What a step works on; None in 64 bits, where states alone are counted."""
         precision, data = str(self.config.trainer.precision), self.data_settings.init_args
         if precision.startswith("64"):
             return None
-        autocast = torch.bfloat16 if precision in ("bf16", "bf16-mixed") else None
         return Work(
-            batch_size=batch_size or data.batch_size,
+            batch_size=data.batch_size,
             eval_batch_size=data.get("eval_batch_size") or data.batch_size,
             shape=None if shape is None else tuple(shape),
             trajectories="Trajectories" in self.data_settings.class_path,
-            autocast=autocast,
+            autocast=torch.bfloat16 if precision in ("bf16", "bf16-mixed") else None,
             accelerator=self.config.trainer.accelerator != "cpu",
         )
 
-    def switches(self) -> Iterator[tuple[str, list[str]]]:
-        """What could be switched on to hold less, in words and as options; each with those before it."""
-        model, options = self.config.model.init_args, []
-        places = {"model.init_args": model}
-        if (fake := model.get("fake_score")) is not None:
-            places["model.init_args.fake_score"] = fake
-        for words, key, value in SWITCHES:
-            off = [f"--{place}.{key}={value}" for place, part in places.items() if key in part and not part[key]]
-            if off:
-                options += off
-                yield words, list(options)
+    def switches(self) -> list[tuple[str, list[str]]]:
+        """What could be set to hold less, in words and as options; what changes the training most comes last."""
+        data, model = self.data_settings.init_args, self.config.model.init_args
+        places = {"model.init_args": model, "model.init_args.fake_score": model.get("fake_score") or {}}
+
+        def one(key: str) -> list[str]:
+            return [f"--data.init_args.{key}=1"] if data.get(key, 1) > 1 else []
+
+        def on(key: str, value: str) -> list[str]:
+            return [f"--{place}.{key}={value}" for place, part in places.items() if key in part and not part[key]]
+
+        found = [
+            ("one sample at a time in validation", one("eval_batch_size")),
+            ("gradient checkpointing", on("optimization.gradient_checkpointing", "true")),
+            ("a batch of 1", one("batch_size")),
+            ("LoRA", on("lora", "{rank: 64}")),
+        ]
+        return [(words, options) for words, options in found if options]
 
 
 def parse_arguments(args: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -93,15 +97,16 @@ def parse_arguments(args: list[str] | None) -> tuple[argparse.Namespace, list[st
     for key in ("memory", "devices", "batch_size", "tflops", "bandwidth"):
         if (value := getattr(arguments, key)) is not None and not value > 0:
             parser.error(f"--{key.replace('_', '-')}={value}: give a positive number")
-    return arguments, [word for file in arguments.config for word in ("--config", file)] + overrides
+    batch = [] if arguments.batch_size is None else [f"--data.init_args.batch_size={arguments.batch_size}"]
+    return arguments, [word for file in arguments.config for word in ("--config", file)] + overrides + batch
 
 
-def planned(words: list[str], arguments: argparse.Namespace, batch_size: int | None) -> tuple[Planned, Plan]:
+def planned(words: list[str], arguments: argparse.Namespace) -> tuple[Planned, Plan]:
     """The parsed config and its plan; raises SystemExit with one line for a config that is wrong."""
     parsed = Planned([NO_DATA, *words], run=False)
     method = parsed.build()
     try:
-        return parsed, make_plan(method, None if arguments.states else parsed.work(batch_size, arguments.shape))
+        return parsed, make_plan(method, None if arguments.states else parsed.work(arguments.shape))
     except ValueError as error:
         print(f"states alone are planned: {error}", file=sys.stderr)
         return parsed, make_plan(method, None)
@@ -119,20 +124,19 @@ def least(plan: Plan, arguments: argparse.Namespace) -> tuple[Strategy, bool]:
     return strategies[-1], False
 
 
-def advice(parsed: Planned, plan: Plan, words: list[str], arguments: argparse.Namespace) -> Iterator[str]:
-    """Line by line, what each switch would leave, until one fits; the smallest batch comes last."""
-    tried = [*parsed.switches()]
-    smallest = tried[0][1] if tried and "checkpointing" in tried[0][0] else []
-    last = [] if arguments.states else [("a batch of 1", smallest, 1)]
-    for name, options, batch_size in [*((*one, arguments.batch_size) for one in tried), *last]:
+def advice(parsed: Planned, words: list[str], arguments: argparse.Namespace) -> Iterator[str]:
+    """Line by line, what each switch would leave, on top of those before it, until one fits."""
+    options: list[str] = []
+    for name, more in parsed.switches():
         try:
             with contextlib.redirect_stderr(io.StringIO()):
-                other = planned([*words, *options], arguments, batch_size)[1]
+                plan = planned([*words, *options, *more], arguments)[1]
         except SystemExit:  # a method or network that does not take it
             continue
-        strategy, fits = least(other, arguments)
-        peak = described(other.peak(arguments.devices, strategy), arguments.devices, strategy)
-        yield f"with {name}: {peak}{': fits' if fits else ''}  {' '.join(options)}".rstrip()
+        options += more
+        strategy, fits = least(plan, arguments)
+        peak = described(plan.peak(arguments.devices, strategy), arguments.devices, strategy)
+        yield f"with {name}: {peak}{': fits' if fits else ''}  {' '.join(more)}"
         if fits:
             return
 
@@ -141,7 +145,7 @@ def main(args: list[str] | None = None) -> None:
     """Prints the plan."""
     arguments, words = parse_arguments(args)
     import_parts()
-    parsed, plan = planned(words, arguments, arguments.batch_size)
+    parsed, plan = planned(words, arguments)
     strategy, fits = least(plan, arguments)
     devices = arguments.devices
     lines = states_table(plan)
@@ -150,7 +154,7 @@ def main(args: list[str] | None = None) -> None:
         lines += [f"seconds: at {arguments.tflops:g} TFLOP/s and {arguments.bandwidth:g} GB/s, one after the other"]
     print("\n".join(lines))
     if not fits:
-        print("\n".join(advice(parsed, plan, words, arguments)))
+        print("\n".join(advice(parsed, words, arguments)))
     peak = described(plan.peak(devices, strategy), devices, strategy)
     print(f"{peak}, of {arguments.memory:g}: {'fits' if fits else 'does not fit'}")
     sys.exit(int(not fits))

@@ -108,6 +108,9 @@ def _load_tower(path: str, folder: Path, classes: dict[str, str], advice: str) -
     if found not in classes:
         raise ValueError(f"path={path!r}: config.json there is of a model of type {found!r}; {advice}.")
     model_class: Any = getattr(transformers, classes[found])
+    if not hub.reads_weights():
+        with hub.built_on():
+            return model_class(model_class.config_class.from_pretrained(folder)).eval()
     try:
         model, report = model_class.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=bool(hub.weight_files(folder)), output_loading_info=True

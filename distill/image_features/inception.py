@@ -42,10 +42,14 @@ class InceptionFeatures(PretrainedFeatures):
     name = "inception"
 
     def __init__(self, path: str, resize: Literal["tensorflow", "bicubic", "bilinear"] = "tensorflow"):
-        file = self.locate(path)
-        network = _load_script(path) if _is_script(file) else _load_state(path)
+        identity = {"path": path}
+        if hub.reads_weights():
+            file = self.locate(path)
+            network = _load_script(path) if _is_script(file) else _load_state(path)
+            identity["sha256"] = hub.content_hash(file.parent, [file.name])
+        else:
+            network = _described()
         preprocessing = Preprocessing(3, SIZE, resize, antialias=resize == "bicubic", mean=MIDDLE, std=MIDDLE)
-        identity = {"path": path, "sha256": hub.content_hash(file.parent, [file.name])}
         super().__init__(network, preprocessing, "2048 pooled features of the FID's Inception network", identity)
 
     @staticmethod
@@ -83,6 +87,16 @@ class _Layers(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images).flatten(1)
+
+
+def _described() -> nn.Module:
+    """A network of the same sizes without weights: torchvision's, whose pooling alone is another."""
+    from torchvision.models import inception_v3
+
+    with hub.built_on():
+        network = inception_v3(weights=None, aux_logits=False, init_weights=False).eval()
+    network.fc = nn.Identity()
+    return network
 
 
 def _is_script(file: Path) -> bool:
