@@ -128,6 +128,9 @@ class PretrainedDenoiser(NetworkDenoiser):
             check_pair(family.model_class, config, own[0], own[1])
         super().__init__(wrapped, *own)
         _read_scalars(wrapped, root / SCALARS_FILE)
+        if not hub.reads_weights() and (named := (root / SCALARS_FILE).with_suffix(".json")).is_file():
+            for name in hub.read_json(named)["names"]:
+                wrapped.add_scalar_input(name)
         self.frozen_dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
         weights = hub.component_files(root, component, variant, allow_pickle)
         self.identity = hub.identity(path, root, [settings, SCALARS_FILE, *weights])

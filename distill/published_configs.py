@@ -137,7 +137,10 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
         "text_encoder/config.json": CLIP_L,
         "text_encoder_2/config.json": _clip(1280, 32, 20, 1280, "gelu"),
     },
-    "exported/sd15_dmd2_first": SD15,  # what the first of two recipes leaves for the second
+    # What recipes leave for the next: another schedule, or a further scalar input.
+    "exported/sd15_dmd2_first": SD15,
+    "runs/sd15/reflow/export": {**SD15, "scheduler/scheduler_config.json": {"_class_name": "FlowMatchEulerDiscreteScheduler"}},
+    "runs/sd15/meng/export": {**SD15, "scalar_inputs.json": {"names": ["guidance"]}},
     "google/ddpm-cifar10-32": {
         "unet/config.json": DDPM_CIFAR10,
         "scheduler/scheduler_config.json": {"_class_name": "DDPMScheduler", "beta_schedule": "linear"},

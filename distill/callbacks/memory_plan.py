@@ -73,11 +73,12 @@ class MemoryPlan(Callback):
 def plan_of(trainer: Trainer, method: Any) -> Plan:
     """The plan of a run that is about to start; of states alone, if its data or its turns do not say enough."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    work, sizes = None, [getattr(data, name, None) for name in ("batch_size", "eval_batch_size")]
-    if isinstance(method, SampledModule) and None not in sizes and not str(trainer.precision).startswith("64"):
+    work, told = None, hasattr(data, "batch_size") and hasattr(data, "eval_batch_size")
+    if isinstance(method, SampledModule) and told and not str(trainer.precision).startswith("64"):
         autocast = torch.bfloat16 if trainer.precision == "bf16-mixed" else None
         work = Work(
-            *sizes,
+            batch_size=data.batch_size,
+            eval_batch_size=data.eval_batch_size,
             shape=method.sample_shape,
             trajectories=data.spec.trajectories,
             autocast=autocast,

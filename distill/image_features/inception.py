@@ -42,7 +42,7 @@ class InceptionFeatures(PretrainedFeatures):
     name = "inception"
 
     def __init__(self, path: str, resize: Literal["tensorflow", "bicubic", "bilinear"] = "tensorflow"):
-        identity = {"path": path}
+        identity = {"path": path, "sha256": "unread"}
         if hub.reads_weights():
             file = self.locate(path)
             network = _load_script(path) if _is_script(file) else _load_state(path)
