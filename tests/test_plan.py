@@ -40,6 +40,9 @@ def by_hand(accumulate_batches: int = 1) -> Plan:
 def test_one_device_holds_all() -> None:
     peak = by_hand().peak()
     assert (peak.size, peak.turn, peak.phase) == (100 + 60 + 2 * 600 + 500, "student", "backward")
+    states = by_hand()
+    states.turns = []
+    assert states.peak().size == 100 + 60 + 2 * 600 + 200 and states.peak(4, "fsdp2").size == 1300 / 4 + 60 + 200 / 4
 
 
 def test_replicas_copy_all_gradients_into_buckets_and_sum_them() -> None:
@@ -104,7 +107,7 @@ def test_the_tool_says_whether_a_run_fits_and_what_to_switch_on(folder: Path, ca
     code, lines = said(capsys, "sd15/lcm", "--memory=1", "--batch-size=16", off)
     assert code == 0 and lines[-1].endswith("of 1: fits"), lines
     assert [line.split("  ")[0] for line in lines[1:4]] == ["teacher", "student", "average"]
-    code, lines = said(capsys, "sd15/lcm", "--memory=1e-6", "--batch-size=16", off)
+    code, lines = said(capsys, "sd15/lcm", "--memory=1e-6", "--batch-size=16", "--states", off)
     assert code == 1 and lines[-1].endswith("of 1e-06: does not fit")
     tried = [line.split(":")[0].removeprefix("with ") for line in lines if line.startswith("with ")]
     assert tried == ["one sample at a time in validation", "gradient checkpointing", "a batch of 1", "LoRA"]

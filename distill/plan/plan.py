@@ -98,7 +98,11 @@ class Plan:
     def peak(self, devices: int = 1, strategy: Strategy = "ddp") -> Peak:
         """The most that one device holds. Sharded it is a bound: autocast's copies of weights are in it, and are not made."""
         peaks = [self._peak(turn, phase, devices, strategy) for turn in self.turns for phase in turn.peaks]
-        return max(peaks, key=lambda peak: peak.size, default=Peak(self.lasting(devices, strategy), "", ""))
+        if not self.turns:  # states alone
+            gradients = max(self.gradients(row.player) for row in self.rows.values() if row.player)
+            share = -(-gradients // devices) if strategy == "fsdp2" else gradients
+            peaks = [Peak(self.lasting(devices, strategy) + share, "", "")]
+        return max(peaks, key=lambda peak: peak.size)
 
     def _peak(self, turn: Turn, phase: str, devices: int, strategy: Strategy) -> Peak:
         size = turn.peaks[phase]
