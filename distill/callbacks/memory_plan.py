@@ -21,7 +21,8 @@ from distill.plan.table import GIB, described, states_table, turns_table
 class MemoryPlan(Callback):
     """Rank zero says what `tools/plan.py` would, for the batch, the devices and the strategy of this run.
 
-    It takes seconds for small networks and a minute or so for large ones, in which the other ranks wait.
+    It takes seconds for small networks and minutes for three of Stable Diffusion XL, in which the other ranks wait: a plan that
+    `tools/plan.py` has made need not be made again.
 
     Args:
         above_gib: of runs whose networks hold less than so many GiB there is no plan; None for no plan at all.
