@@ -29,7 +29,7 @@ plan_tool = load_script("plan")
 def by_hand(accumulate_batches: int = 1) -> Plan:
     """A teacher of 100 bytes, two players of 200 with Adam, a codec of 60, and one turn."""
     rows = {"teacher": States(100), "codec": States(60)}
-    rows |= {"student": States(200, 200, 200, 400, "student"), "fake score": States(200, 200, 200, 400, "critic")}
+    rows |= {"student": States(200, 200, 400, "student"), "fake score": States(200, 200, 400, "critic")}
     turn = Turn("student", flops=1000)
     turn.calls, turn.differentiated = Counter({"student": 1, "teacher": 2}), Counter({"student": 1})
     turn.peaks = Counter({"forward": 300, "backward": 500, "optimiser step": 240})

@@ -118,7 +118,7 @@ def test_gradients_are_told_from_what_else_lives() -> None:
     for of, early in ((once, False), (twice, True)):
         size = 4 * sum(parameter.numel() for parameter in of.student.parameters())
         with stand_in(of) as planned:
-            turn = turns(planned)[0]
+            turn = measure_turn(planned, planned.players(), 0, batch_for(planned, 8, SHAPE))
         own = {phase: turn.peaks[phase] - turn.others[phase] for phase in turn.peaks}
         assert own["forward"] == (size if early else 0) and own["averages"] == 0
         assert own["optimiser step"] == size >= own["backward"] >= (size if early else 0)
@@ -139,7 +139,7 @@ def test_a_method_stays_as_it_is() -> None:
     before, state = dict(of.named_parameters()), torch.random.get_rng_state()
     of.sample_shape = SHAPE
     with stand_in(of) as planned:
-        turns(planned)
+        measure_turn(planned, planned.players(), 0, batch_for(planned, 2, SHAPE))
         assert not {id(p) for p in planned.parameters()} & {id(p) for p in of.parameters()}
         assert not {id(p) for p in planned.teacher.parameters()} & {id(p) for p in of.teacher.parameters()}
     after = dict(of.named_parameters())

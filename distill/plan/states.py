@@ -24,14 +24,12 @@ class States:
 
     Attributes:
         weights: of parameters and buffers that it does not share with a role before it.
-        trained: share of these that is trained.
-        gradients: of the trained ones, while their player's turn lasts.
+        gradients: of those that are trained, while their player's turn lasts.
         optimizer: of its optimiser's states.
         player: who trains it, "" if nobody does.
     """
 
     weights: int = 0
-    trained: int = 0
     gradients: int = 0
     optimizer: int = 0
     player: str = ""
@@ -81,7 +79,6 @@ def states_by_role(method: Any, players: Sequence[Player]) -> dict[str, States]:
         for parameter, state in zip(player.parameters, optimizer_states(player), strict=True):
             row = rows[owner.get(id(parameter), OTHERS)]
             row.player = player.name
-            row.trained += size_of(parameter)
             row.gradients += size_of(parameter)
             row.optimizer += state
     return rows
