@@ -133,7 +133,7 @@ class DiffusersCodec(Codec, ABC):
         if not hub.reads_weights():
             with hub.built_on():
                 built = getattr(diffusers, cls.model_class).from_config(hub.read_json(folder / "config.json"))
-            return built.to(getattr(torch, dtype)).eval().requires_grad_(False)
+            return nn.Module.to(built, getattr(torch, dtype)).eval().requires_grad_(False)  # diffusers' own warns for nothing
         model, report = getattr(diffusers, cls.model_class).from_pretrained(
             folder,
             torch_dtype=getattr(torch, dtype),
