@@ -14,6 +14,7 @@ from distill.plan.roles import OTHERS, reachable, roots
 from distill.plan.stand_ins import batch_for, sample_shape, stand_in, widen_norms
 from distill.plan.states import States, size_of, states_by_role
 from distill.plan.turns import VALIDATION, Turn, measure_turn, measure_validation
+from distill.sharding import check_parts
 
 Strategy = Literal["ddp", "fsdp2"]
 WHOLE = ("codec", "text encoders", OTHERS)
@@ -72,7 +73,7 @@ class Plan:
         turns: of each player, and of validation if the method draws samples.
         accumulate_batches: batches of one step.
         gathered: by role.
-        shardable: whether FSDP2 takes the method: not where networks share weights, as LoRA layers on the teacher's do.
+        shardable: whether FSDP2 takes the method: not if networks share weights, as LoRA layers on the teacher's do.
     """
 
     rows: dict[str, States]
@@ -152,7 +153,7 @@ def make_plan(method: Any, work: Work | None) -> Plan:
     rows = states_by_role(method, method.players())
     autocast = work.autocast if work is not None else None
     accumulate_batches, gathered = method.optimization.accumulate_batches, gathered_by_role(method, autocast)
-    plan = Plan(rows, [], accumulate_batches, gathered, not shares_weights(method))
+    plan = Plan(rows, [], accumulate_batches, gathered, shardable(method))
     if work is None or not isinstance(method, SampledModule):
         return plan
     try:
@@ -174,11 +175,13 @@ def _turns(planned: Any, work: Work) -> list[Turn]:
     return [*turns, measure_validation(planned, batch_for(planned, work.eval_batch_size, shape), work.autocast)]
 
 
-def shares_weights(method: Any) -> bool:
-    """Whether any parameter is in two networks."""
-    networks = {module for _, root in roots(method) for module in reachable(root) if isinstance(module, Network)}
-    parameters = [id(parameter) for network in networks for parameter in network.parameters()]
-    return len(set(parameters)) < len(parameters)
+def shardable(method: Any) -> bool:
+    """Whether `distill.sharding` takes the method."""
+    try:
+        check_parts(method.sharded_parts())
+    except ValueError:
+        return False
+    return True
 
 
 def gathered_by_role(method: Any, autocast: torch.dtype | None) -> dict[str, Gathered]:
@@ -188,7 +191,7 @@ def gathered_by_role(method: Any, autocast: torch.dtype | None) -> dict[str, Gat
         networks = [module for module in reachable(root) if isinstance(module, Network)]
         if name in WHOLE or name in found or not networks:
             continue
-        units = [unit for network in networks for unit in getattr(network, "units", list)()]
+        units = [unit for network in networks for unit in network.units()]
         whole, sizes = _gathered(networks, autocast), [_gathered([unit], autocast) for unit in units]
         nested = _gathered(units, autocast)  # a block may hold another
         found[name] = Gathered(whole, whole - nested + sum(sorted(sizes)[-2:]))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from distill.methods.trained import Player
+from distill.methods.players import Player
 from distill.plan.roles import OTHERS, tensors_by_role
 from distill.plan.stand_ins import KnownValues
 

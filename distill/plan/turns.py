@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.methods.players import Player
 from distill.methods.sampled import SampledModule
-from distill.methods.trained import Player
 from distill.networks.base import Network
 from distill.operations import OperationCounter
 from distill.optimization import clip_gradients
