@@ -37,7 +37,7 @@ def neighbours(
     block: int = 2048,
     processes: Processes = ALONE,
 ) -> Neighbours:
-    """All four, in float64, by blocks of ``block x block`` distances: memory grows with ``n + m`` alone, time with their square.
+    """All four, in float64, by blocks of ``block x block`` distances: memory grows with ``n + m``, time with their square.
 
     A feature at exactly the radius is in the ball. Processes share the work; each must be given both sets whole.
 
