@@ -59,7 +59,9 @@ class Kind:
 
 KINDS = {
     "pixels": Kind(lambda path: PixelFeatures()),
-    "classifier": Kind(lambda path: NetworkFeatures(ClassifierFeatures(path)), "runs/digits/classifier/export", ClassifierLogits),
+    "classifier": Kind(
+        lambda path: NetworkFeatures(ClassifierFeatures(path)), "runs/digits/classifier/export", ClassifierLogits
+    ),
     "clean": Kind(CleanFeatures, f"{WEIGHTS}/inception-2015-12-05.pt", packages=("clean-fid", "pillow")),
     "legacy": Kind(
         LegacyFeatures,
@@ -100,8 +102,8 @@ def find_extractor(wanted: str) -> tuple[str, str]:
     path = path or kind.path
     if kind.repository and not Path(path).is_dir() and (path == kind.path or not hub.is_hub_id(path)):
         raise FileNotFoundError(
-            f"{name}: there is no folder {path}; where there is a network run `hf download {kind.repository} --local-dir {path}`, "
-            f"copy the folder here, or give another one by {name}=FOLDER."
+            f"{name}: there is no folder {path}; where there is a network run "
+            f"`hf download {kind.repository} --local-dir {path}`, copy the folder here, or give another one by {name}=FOLDER."
         )
     return name, path
 

@@ -1,4 +1,4 @@
-"""Sets of images to be measured: read from wherever they are, checked whole before anything is computed, known by their content.
+"""Sets of images to be measured: read from wherever they are, checked before anything is computed, known by their content.
 
 The content hash of a set is the sha256 over its shape and the sha256 of each image's bytes ``(h, w, c)``: it depends neither on
 the file that they are in (an .npz file, pictures, shards) nor on the number of processes.

@@ -1,4 +1,4 @@
-"""Where the images of a set are read from: an array, a folder of pictures, shards. Any part, in any process, in the same order."""
+"""Where the images of a set are read from: an array, a folder of pictures, shards. By number, in any process."""
 
 from __future__ import annotations
 

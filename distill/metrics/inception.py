@@ -40,9 +40,9 @@ class CleanFeatures(nn.Module, FeatureExtractor):
         self.network = InceptionFeatures(path)  # of which the layers are used, not the resize
         self.resizer, self.identity = build_resizer("clean"), self.network.identity
         self.protocol = (
-            f"2048 pooled features of the FID's Inception network, weights of sha256 {self.identity['sha256']}; of bytes 0..255, "
-            "one channel repeated to 3, resized to 299x299 by clean-fid's mode clean (Pillow's bicubic of float32, clipped to "
-            "0..255, not rounded), (v - 128) / 128; float64"
+            f"2048 pooled features of the FID's Inception network, weights of sha256 {self.identity['sha256']}; of bytes "
+            "0..255, one channel repeated to 3, resized to 299x299 by clean-fid's mode clean (Pillow's bicubic of float32, "
+            "clipped to 0..255, not rounded), (v - 128) / 128; float64"
         )
 
     def resized(self, images: Images) -> Float[Tensor, "b 3 299 299"]:
@@ -79,8 +79,8 @@ class LegacyFeatures(nn.Module, FeatureExtractor):
         self.network = Frozen(load_torch_fidelity(path, output))
         self.identity = {"path": path, "sha256": hub.content_hash(file.parent, [file.name])}
         self.protocol = (
-            f"{output} of torch-fidelity's Inception network, weights of sha256 {self.identity['sha256']}; of bytes 0..255, one "
-            "channel repeated to 3, resized to 299x299 as TensorFlow 1 did, (v - 128) / 128; float64"
+            f"{output} of torch-fidelity's Inception network, weights of sha256 {self.identity['sha256']}; of bytes 0..255, "
+            "one channel repeated to 3, resized to 299x299 as TensorFlow 1 did, (v - 128) / 128; float64"
         )
 
     @torch.no_grad()

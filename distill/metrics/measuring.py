@@ -1,4 +1,4 @@
-"""What a set of images is measured by: features of each image over all processes, and the metrics that are asked for by name."""
+"""What a set of images is measured by: features of each image, over all processes, and metrics by name."""
 
 from __future__ import annotations
 

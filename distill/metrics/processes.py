@@ -74,6 +74,14 @@ def _environment() -> dict[str, int] | None:
     return None
 
 
+def own_device(device: str) -> str:
+    """``cuda`` as the one of the node's devices that is this process's turn; any other device as it is."""
+    if device != "cuda":
+        return device
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    return f"cuda:{local % torch.cuda.device_count()}"
+
+
 @contextmanager
 def joined() -> Iterator[Processes]:
     """The processes of torchrun or srun, joined until the block ends; alone where neither started this one.

@@ -1,4 +1,4 @@
-"""Statistics of reference sets in files: those that were computed here, by content hash, and those that others have published."""
+"""Statistics of reference sets in files: those computed here, by content hash, and those that others have published."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ def cache_file(cache: Path, sha256: str, features: str) -> Path:
 
 
 def keep(file: Path, statistics: GaussianStatistics, record: dict[str, Any]) -> None:
-    """Writes statistics, and what a result says of their set and features. Raises OSError."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Writes statistics, and what a result says of their set and features, at once. Raises OSError."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial.npz")
     parts = {name: getattr(statistics, name).numpy() for name in ("count", "total", "outer")}
     numpy.savez(partial, record=numpy.array(json.dumps(record)), **parts)
@@ -70,7 +69,8 @@ def read_statistics(file: Path) -> tuple[GaussianStatistics, dict[str, Any]]:
     except DAMAGED as error:
         raise ValueError(f"{file}: holds no statistics ({error}); give one with mu and sigma, or images") from error
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise ValueError(f"{file}: mu and sigma have shapes {tuple(mean.shape)}, {tuple(covariance.shape)}; give (d,) and (d, d)")
+        shapes = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"
+        raise ValueError(f"{file}: mu and sigma have shapes {shapes}; give (d,) and (d, d)")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     record = {"reference": {"path": str(file), "count": None, "sha256": digest, "published": True}, "features": None}
     return GaussianStatistics.of_moments(mean, covariance), record
