@@ -12,25 +12,38 @@ from typing import Any
 import torch
 
 
-def on_processes(count: int, folder: Path, work: Callable[[], Any]) -> list[Any]:
+Launcher = Callable[[int, int, int], dict[str, Any]]
+"""What the environment of a rank says, of so many, that meet at a port."""
+
+
+def torchrun(rank: int, count: int, port: int) -> dict[str, Any]:
+    return {"RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def srun(rank: int, count: int, port: int) -> dict[str, Any]:
+    """As slurm/common.sh leaves it, which knows the address; the port is made of the job's number."""
+    names = {"SLURM_PROCID": rank, "SLURM_NTASKS": count, "SLURM_STEP_ID": 0, "SLURM_JOB_ID": 7_0000 + port % 10_000}
+    return names | {"MASTER_ADDR": "127.0.0.1"}
+
+
+def on_processes(count: int, folder: Path, work: Callable[[], Any], launcher: Launcher = torchrun) -> list[Any]:
     """What ``work()`` returns on each of ``count`` processes; AssertionError with the traceback of one that fails."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = [_fork(rank, count, port, folder, work) for rank in range(count)]
+    children = [_fork(rank, launcher(rank, count, port), folder, work) for rank in range(count)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     failures = [file.read_text() for file in sorted(folder.glob("*.error"))]
     assert codes == [0] * count, "\n".join(failures)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
 
 
-def _fork(rank: int, count: int, port: int, folder: Path, work: Callable[[], Any]) -> int:
+def _fork(rank: int, names: dict[str, Any], folder: Path, work: Callable[[], Any]) -> int:
     if child := os.fork():
         return child
     code = 1
     try:
-        names = {"RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in names.items()})
         torch.save(work(), folder / f"{rank}.pt")
         code = 0

@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from forked import on_processes
+from forked import on_processes, srun, torchrun
 from torch import Tensor
 
 from distill.metrics import (
@@ -249,10 +249,10 @@ def measured() -> dict[str, Any]:
 
 @pytest.mark.parametrize("count", [2, 3, 6])
 def test_several_processes_find_what_one_finds(count: int, tmp_path: Path) -> None:
-    """To 1e-10 and better; of six processes, one has no batch at all."""
+    """To 1e-10 and better, under torchrun and srun; of six processes, one has no batch at all."""
     alone = measured()
     assert alone["size"] == 1
-    for found in on_processes(count, tmp_path, measured):
+    for found in on_processes(count, tmp_path, measured, srun if count == 2 else torchrun):
         assert found["size"] == count and found["statistics"][0] == 300
         for mine, theirs in zip(found["statistics"][1:], alone["statistics"][1:]):
             torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-13)

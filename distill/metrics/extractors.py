@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
@@ -35,7 +36,8 @@ class ClassifierLogits(NetworkFeatures):
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float64[Tensor, "b classes"]:
         """Logits ``(b, classes)``."""
-        return self.features.network.module.head(super().forward(images).float()).double()
+        network: Any = self.features.network
+        return network.module.head(super().forward(images).float()).double()
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,9 @@ def check_images(option: str, images: ImageSet, processes: Processes) -> None:
 
 def _look(pixels: numpy.ndarray) -> tuple[tuple[int, int, int], bytes, bytes]:
     """Shape and digest of an image, and its digest in three channels."""
-    coloured = numpy.ascontiguousarray(numpy.broadcast_to(pixels, (*pixels.shape[:2], 3)))
-    pixels = numpy.ascontiguousarray(pixels)
-    return pixels.shape, hashlib.sha256(pixels).digest(), hashlib.sha256(coloured).digest()  # type: ignore[return-value]
+    own = hashlib.sha256(pixels.tobytes()).digest()
+    height, width, channels = pixels.shape
+    if channels == 3:
+        return (height, width, 3), own, own
+    coloured = numpy.broadcast_to(pixels, (height, width, 3))
+    return (height, width, channels), own, hashlib.sha256(coloured.tobytes()).digest()

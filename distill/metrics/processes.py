@@ -96,9 +96,9 @@ def joined() -> Iterator[Processes]:
     if "RANK" not in os.environ:  # srun says who is who, but names no meeting place
         from pytorch_lightning.plugins.environments import SLURMEnvironment
 
-        slurm = SLURMEnvironment()
-        os.environ.setdefault("MASTER_ADDR", slurm.main_address)
-        os.environ.setdefault("MASTER_PORT", str(slurm.main_port))
+        nodes = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")
+        os.environ.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
+        os.environ.setdefault("MASTER_PORT", str(15000 + int(os.environ["SLURM_JOB_ID"][-4:])))
     distributed.init_process_group("gloo", timeout=WAIT, rank=found["rank"], world_size=found["size"])
     try:
         yield Processes(**found)
