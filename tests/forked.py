@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-
 Launcher = Callable[[int, int, int], dict[str, Any]]
 """What the environment of a rank says, of so many, that meet at a port."""
 
