@@ -17,6 +17,7 @@ from standins import write_sd15
 from distill.adapter_files import save_adapters
 from distill.cli import load_run
 from distill.denoiser import NetworkDenoiser
+from distill.metrics.image_sets import hash_of_images
 from distill.networks.unet2d import UNet2D
 from distill.pretrained import save_denoiser
 from distill.schedules import RectifiedFlow
@@ -61,6 +62,7 @@ def test_samples_do_not_depend_on_the_batch(teacher: Path, tmp_path: Path) -> No
     assert whole["arr_0"].std() > 10
     record = json.loads((tmp_path / "whole" / "samples.json").read_text())
     assert (record["seed"], record["steps"], record["guidance"], record["solver"]) == (0, 2, 2.0, "heun")
+    assert record["num"] == 7 and record["sha256"] == hash_of_images(whole["arr_0"])  # of which tools/fid.py makes sure
     assert (tmp_path / "whole" / "grid.png").stat().st_size > 100
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 # The folder of this file is on the path when it is run as a script.
-from fid import FEATURES, ImageSet, Refusal, read_set, statistics
+from fid import ImageSet, Refusal, Sampling, find_extractor, make_extractor, measure_set, read_set, statistics
 from sample import SOLVERS, RunSource, TeacherSource, draw_all, requests, rows
 
 from distill.denoiser import Denoiser
@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--runs", nargs="+", default=[], help="run folders of students")
     parser.add_argument("--teachers", nargs="+", default=[], help="diffusers folders of teachers")
     parser.add_argument("--reference", required=True, help="the images to measure against, see tools/fid.py")
-    parser.add_argument("--features", default="pixels", choices=sorted(FEATURES), help="what is compared")
+    parser.add_argument("--features", default="pixels", help="what is compared, see tools/fid.py")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="sampler steps")
     parser.add_argument("--flow-steps", type=int, default=64, help="Euler steps along which straightness is measured")
     parser.add_argument("--solver", choices=sorted(SOLVERS), default="euler", help="of the teachers")
@@ -51,6 +51,10 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if not arguments.runs + arguments.teachers:
         parser.error("--runs and --teachers are missing: give folders of at least one of the two.")
+    try:
+        find_extractor(arguments.features)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(f"--features {error}")
     for folder in arguments.runs + arguments.teachers:
         if not Path(folder).is_dir():
             parser.error(f"{folder}: there is no such folder; give run folders to --runs, diffusers folders to --teachers.")
@@ -114,13 +118,14 @@ def measure_flow(source: Any, arguments: argparse.Namespace, wanted: Batch) -> d
 def curve(kind: str, folder: str, options: argparse.Namespace, reference: ImageSet) -> dict[str, Any]:
     """All figures of one run or teacher."""
     source, arguments = load(kind, folder, options)
-    features = FEATURES[options.features]()
-    wanted, real, distances = requests(source, arguments), statistics(reference.images, features), {}
+    features = make_extractor(options.features)
+    real = measure_set(reference, features, Sampling(), with_rows=False).statistics
+    wanted, distances = requests(source, arguments), {}
     for steps in options.steps:
         arguments.steps = steps
         images = to_uint8(draw_all(source, arguments, wanted)).permute(0, 2, 3, 1).numpy()
-        if images.shape[1:] != reference.images.shape[1:]:
-            sizes = f"draws images of {images.shape[1:]} (h, w, c), --reference has {reference.images.shape[1:]}"
+        if images.shape[1:] != reference.shape:
+            sizes = f"draws images of {images.shape[1:]} (h, w, c), --reference has {reference.shape}"
             raise ValueError(f"{sizes}; give a reference of one size with them")
         distances[steps] = statistics(images, features).distance(real)
     return {"name": folder, "kind": kind, "distance": distances, **measure_flow(source, arguments, wanted), **source.record}

@@ -1,19 +1,27 @@
-"""The Fréchet distance between two sets of images, as JSON with everything that is needed to compare it with another.
+"""How far a set of images is from another, as JSON with everything that is needed to compare it with other figures.
 
-    python tools/fid.py --samples runs/digits/cd/samples --reference digits --features pixels --out fid.json
+    python tools/fid.py --samples samples/cd --reference digits --features pixels --out samples/cd/fid.json
+    python tools/fid.py --samples samples/sd15 --reference data/coco --features clean=weights/inception-2015-12-05.pt \\
+        --metrics frechet kid precision recall --num 30000
+    torchrun --nproc-per-node 8 tools/fid.py ...          # or srun: the same figures
 
-A set is an .npz file (``arr_0`` uint8 images n,h,w,c; optional ``arr_1`` labels), a folder with ``samples.npz`` (and
-``samples.json``, whose settings are copied into the result), or the word ``digits``: scikit-learn's 1,797 real ones. Labelled
-8x8x1 samples are also read by a classifier of digits, which gives ``accuracy``.
+A set is an .npz file (``arr_0`` uint8 images n,h,w,c; optional ``arr_1`` labels), a folder with ``samples.npz``, pictures or
+shards, a run or its samples folder (whose ``samples.json`` is checked and copied into the result), shards
+(``'data/{00..09}.tar'``), or the word ``digits``: scikit-learn's 1,797 real ones. A reference may also be statistics: an .npz
+file with ``mu`` and ``sigma``, or clean-fid's own (``clean-fid:cifar10,32,train``). Statistics of references are kept by
+content hash, in ``--cache``.
+
+Features: ``pixels``; ``classifier`` (configs/digits/classifier.yaml); ``clean``, clean-fid's protocol; ``legacy``, that of
+torch-fidelity; ``dinov2``; ``clip``. ``NAME=PATH`` or ``PATH`` alone name other weights. Nothing is downloaded. Labelled 8x8x1
+samples are also read by a classifier of digits, which gives ``accuracy``.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import zipfile
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,129 +29,190 @@ from typing import Any, NoReturn
 import numpy
 import torch
 
-from distill.metrics.digits import read_digits, real_digits
-from distill.metrics.features import FeatureExtractor, PixelFeatures, from_uint8
+from distill.metrics.digits import read_digits
+from distill.metrics.extractors import KINDS, find_extractor, make_extractor
+from distill.metrics.features import FeatureExtractor, from_uint8
 from distill.metrics.frechet import GaussianStatistics
+from distill.metrics.image_sets import ImageSet, Refusal, read_set
+from distill.metrics.measuring import METRICS, OF_ROWS, Measured, Sampling, compute, measure_set, measured_protocol, unequal
+from distill.metrics.processes import ALONE, Processes, joined, own_device
+from distill.metrics.statistics_files import (
+    cache_file,
+    clean_fid_file,
+    default_cache,
+    is_statistics,
+    keep,
+    kept,
+    read_statistics,
+)
 
-FEATURES: dict[str, type[FeatureExtractor]] = {"pixels": PixelFeatures}
 PACKAGES = ("distill", "torch", "numpy", "scikit-learn")
 BATCH = 512
-
-
-class Refusal(Exception):
-    """Something that the user can put right; its message names option, value and remedy."""
-
-
-@dataclass
-class ImageSet:
-    """Images ``(n, h, w, c)`` uint8, labels ``(n,)`` or None, and how they were made."""
-
-    path: str
-    images: numpy.ndarray
-    labels: numpy.ndarray | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def describe(self) -> dict[str, Any]:
-        """What the result says of the set; the hash is of the images' bytes."""
-        digest = hashlib.sha256(numpy.ascontiguousarray(self.images).tobytes()).hexdigest()
-        known = {"path": self.path, "count": len(self.images), "shape": list(self.images.shape[1:]), "sha256": digest}
-        return known | ({"settings": self.settings} if self.settings else {})
-
-
-def read_set(option: str, value: str) -> ImageSet:
-    """The images that ``option`` names by ``value``. Raises Refusal."""
-    if value == "digits":
-        return ImageSet(value, *real_digits())
-    path, settings = Path(value), {}
-    if path.is_dir():
-        settings = read_settings(option, path / "samples.json")
-        path = path / "samples.npz"
-    if not path.is_file():
-        raise Refusal(f"{option} {value}: there is no file {path}; give an .npz file, a folder with samples.npz, or digits")
-    try:
-        with numpy.load(path, allow_pickle=False) as arrays:
-            content = {name: arrays[name] for name in ("arr_0", "arr_1") if name in arrays}
-    # A bare .npy gives an array, which is no context manager: TypeError (AttributeError before Python 3.11).
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        why = f"{path} is no .npz file that can be read ({error})"
-        raise Refusal(f"{option} {value}: {why}; write it by numpy.savez") from error
-    check_arrays(option, value, content)
-    return ImageSet(value, content["arr_0"], content.get("arr_1"), settings)
-
-
-def read_settings(option: str, path: Path) -> dict[str, Any]:
-    """The content of a ``samples.json``; empty if there is none. Raises Refusal."""
-    if not path.exists():
-        return {}
-    try:
-        settings = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise Refusal(f"{option} {path.parent}: {path} is no JSON ({error}); sample again, or remove it") from error
-    if not isinstance(settings, dict):
-        raise Refusal(f"{option} {path.parent}: {path} holds no JSON object; sample again, or remove it")
-    return settings
-
-
-def check_arrays(option: str, value: str, content: dict[str, numpy.ndarray]) -> None:
-    """Raises Refusal if the arrays of a file are not images with or without labels."""
-    images, labels = content.get("arr_0"), content.get("arr_1")
-    if images is None:
-        raise Refusal(f"{option} {value}: holds no arr_0; save the images by numpy.savez(path, images)")
-    if images.dtype != numpy.uint8 or images.ndim != 4:
-        got = f"{images.dtype} of shape {images.shape}"
-        raise Refusal(f"{option} {value}: arr_0 is {got}; give uint8 images (n, h, w, c), 0..255 spanning the data's range")
-    if len(images) < 2:
-        raise Refusal(f"{option} {value}: {len(images)} images have no covariance; give at least 2, better thousands")
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
-        got = f"{labels.dtype} of shape {labels.shape}"
-        raise Refusal(f"{option} {value}: arr_1 is {got}; give one whole number for each of the {len(images)} images")
 
 
 def statistics(images: numpy.ndarray, features: FeatureExtractor) -> GaussianStatistics:
     """Mean and covariance of the features of uint8 images ``(n, h, w, c)``."""
     result = GaussianStatistics()
     for start in range(0, len(images), BATCH):
-        result.update(features(as_tensor(images[start : start + BATCH])))
+        result.update(features(from_uint8(torch.from_numpy(images[start : start + BATCH]).permute(0, 3, 1, 2))))
     return result
 
 
-def as_tensor(images: numpy.ndarray) -> torch.Tensor:
-    """uint8 images ``(n, h, w, c)`` as float32 ones ``(n, c, h, w)`` in [-1, 1]."""
-    return from_uint8(torch.from_numpy(numpy.ascontiguousarray(images.transpose(0, 3, 1, 2))))
+@contextmanager
+def writable(named: str, kind: str) -> Iterator[None]:
+    """Refuses what cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise Refusal(f"{named}: cannot be written ({error}); give another {kind}") from error
 
 
-def evaluate(samples: ImageSet, reference: ImageSet, features: FeatureExtractor) -> dict[str, Any]:
-    """The result: the distance, what was compared, how, and by which versions."""
-    distance = statistics(samples.images, features).distance(statistics(reference.images, features))
-    result: dict[str, Any] = {"distance": distance}
-    if features.name == "pixels" and samples.images.shape[1:] == (8, 8, 1) and samples.labels is not None:
-        read = read_digits(as_tensor(samples.images)).numpy()
+def check(options: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
+    """The name of the features and what ``--compare-to`` holds. Raises Refusal for options that cannot be followed."""
+    if wrong := [metric for metric in options.metrics if metric not in METRICS]:
+        raise Refusal(f"--metrics {' '.join(wrong)}: unknown; give some of: {', '.join(METRICS)}")
+    for name, least in (("num", 2), ("batch_size", 1), ("kid_subsets", 1), ("kid_subset_size", 2), ("seed", 0)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise Refusal(f"--{name.replace('_', '-')} {value}: give at least {least}")
+    if options.out is not None and options.out.is_dir():
+        raise Refusal(f"--out {options.out}: is a folder; give the name of a file, e.g. {options.out / 'fid.json'}")
+    if options.out is not None:
+        with writable(f"--out {options.out}", "file"):
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        features = find_extractor(options.features)[0]
+    except (ValueError, FileNotFoundError) as error:
+        raise Refusal(f"--features {error}") from error
+    if options.compare_to is None:
+        return features, None
+    try:
+        other = json.loads(options.compare_to.read_text())
+        if not {"protocol", "metrics"} <= other.keys():
+            raise ValueError("no protocol and metrics in it")
+        return features, other
+    except (OSError, ValueError, AttributeError) as error:
+        raise Refusal(f"--compare-to {options.compare_to}: is no result of this tool ({error}); measure again") from error
+
+
+def make(options: argparse.Namespace, logits: bool = False) -> FeatureExtractor:
+    """The extractor. Raises Refusal."""
+    try:
+        return make_extractor(options.features, logits)
+    except (ValueError, FileNotFoundError) as error:
+        raise Refusal(f"--features {error}") from error
+
+
+def statistics_of_reference(options: argparse.Namespace, features: FeatureExtractor) -> tuple[Measured, dict[str, Any]] | None:
+    """Statistics that ``--reference`` names, and what a result says of them; None if it names images. Raises Refusal."""
+    value = options.reference
+    try:
+        file = clean_fid_file(value) if value.startswith("clean-fid:") else Path(value)
+        if not (file.is_file() and is_statistics(file)):
+            return None
+        found, record = read_statistics(file)
+    except (ValueError, FileNotFoundError) as error:
+        raise Refusal(f"--reference {error}") from error
+    if value.startswith("clean-fid:") and features.name != "clean":
+        raise Refusal(f"--reference {value}: are statistics of another protocol; give --features clean, or images")
+    if record["features"] not in (None, features.protocol):
+        own = "statistics of another protocol than --features"
+        raise Refusal(f"--reference {value}: holds {own}: {record['features']}; give images, or those features")
+    if wanted := [metric for metric in options.metrics if metric in OF_ROWS]:
+        need = f"need each image of --reference {value}, which holds statistics"
+        raise Refusal(f"--metrics {' '.join(wanted)}: {need}; give images")
+    return Measured(found), record["reference"]
+
+
+def measure_reference(
+    options: argparse.Namespace, images: ImageSet, features: FeatureExtractor, sampling: Sampling
+) -> tuple[Measured, bool]:
+    """The reference, and whether its statistics were kept from an earlier call."""
+    rows, processes = bool(set(options.metrics) & OF_ROWS), sampling.processes
+    file = cache_file(options.cache or default_cache(), images.sha256, features.hash)
+    with writable(f"--cache {file.parent}", "folder"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    found = None if rows or processes.rank else kept(file)
+    if processes.gather(found is not None)[0]:
+        return Measured(found[0] if found else GaussianStatistics()), True
+    measured = measure_set(images, features, sampling, rows)
+    if processes.rank == 0:
+        with writable(f"--cache {file.parent}", "folder"):
+            keep(file, measured.statistics, {"reference": images.describe(), "features": features.protocol})
+    return measured, False
+
+
+def evaluate(options: argparse.Namespace, processes: Processes = ALONE) -> dict[str, Any]:
+    """Reads, measures, and says by what protocol. Raises Refusal."""
+    name, other = check(options)
+    features = make(options)
+    drawn = {key: getattr(options, key) for key in ("batch_size", "kid_subsets", "kid_subset_size", "kid_convention", "seed")}
+    sampling = Sampling(**drawn, device=own_device(options.device), processes=processes)
+    logits = make(options, logits=True) if "inception_score" in options.metrics else None
+    stated = statistics_of_reference(options, features)
+    samples = read_set("--samples", options.samples, processes, options.num)
+    if stated is None:
+        images = read_set("--reference", options.reference, processes)
+        if samples.shape != images.shape and name in ("pixels", "classifier"):
+            sizes = f"its images are {samples.shape} (h, w, c), those of --reference {images.shape}"
+            raise Refusal(f"--samples {samples.path}: {sizes}; compare images of one size")
+        (reference, was_kept), described = measure_reference(options, images, features, sampling), images.describe()
+    else:
+        (reference, described), was_kept = stated, False
+    measured = measure_set(samples, features, sampling, with_rows=bool(set(options.metrics) & OF_ROWS))
+    if processes.rank == 0 and reference.statistics.total.shape != measured.statistics.total.shape:
+        widths = [statistics.total.numel() for statistics in (measured.statistics, reference.statistics)]
+        found = f"has {widths[1]} features, the samples {widths[0]}"
+        raise Refusal(f"--reference {options.reference}: {found}; give images of one kind")
+    scored = measure_set(samples, logits, sampling, True).rows if logits is not None else None
+    try:
+        metrics = compute(options.metrics, measured, reference, scored, sampling)
+    except ValueError as error:
+        raise Refusal(f"--samples {samples.path}: {error}") from error
+    protocol = measured_protocol(features.protocol, described["sha256"], samples.count, metrics)
+    result = describe(features, samples, described | {"kept": was_kept}, metrics, protocol, KINDS[name].packages)
+    return result | (compared(options.compare_to, other, result) if other is not None and processes.rank == 0 else {})
+
+
+def describe(
+    features: FeatureExtractor,
+    samples: ImageSet,
+    reference: dict[str, Any],
+    metrics: dict[str, dict[str, Any]],
+    protocol: dict[str, Any],
+    packages: tuple[str, ...],
+) -> dict[str, Any]:
+    """The result: figures first, then all that they depend on."""
+    result: dict[str, Any] = {"distance": metrics["frechet"]["value"]} if "frechet" in metrics else {}
+    if samples.shape == (8, 8, 1) and samples.labels is not None:
+        read = read_digits(samples.read(range(samples.count))).numpy()
         result["accuracy"] = float((read == samples.labels).mean())
     return result | {
+        "metrics": metrics,
         "features": {"name": features.name, "hash": features.hash, "protocol": features.protocol},
         "samples": samples.describe(),
-        "reference": reference.describe(),
-        "versions": {package: version(package) for package in PACKAGES},
+        "reference": reference,
+        "protocol": protocol,
+        "versions": {package: version(package) for package in (*PACKAGES, *packages)},
     }
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Checks the options, measures, and writes the result. Raises Refusal."""
-    if options.features not in FEATURES:
-        raise Refusal(f"--features {options.features}: unknown; give one of: {', '.join(FEATURES)}")
-    if options.out is not None and options.out.is_dir():
-        raise Refusal(f"--out {options.out}: is a folder; give the name of a file, e.g. {options.out / 'fid.json'}")
-    samples, reference = read_set("--samples", options.samples), read_set("--reference", options.reference)
-    if samples.images.shape[1:] != reference.images.shape[1:]:
-        sizes = f"its images are {samples.images.shape[1:]} (h, w, c), those of --reference {reference.images.shape[1:]}"
-        raise Refusal(f"--samples {samples.path}: {sizes}; compare images of one size")
-    result = evaluate(samples, reference, FEATURES[options.features]())
+def compared(path: Path, other: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """This result's figures beside those of another. Raises Refusal if the protocols differ."""
+    if difference := unequal(result["protocol"], other["protocol"]):
+        raise Refusal(f"--compare-to {path}: was measured by another protocol, {difference}; measure both alike")
+    common = {metric: other["metrics"][metric]["value"] for metric in result["metrics"] if metric in other["metrics"]}
+    return {"compared": {"path": str(path), "metrics": common}}
+
+
+def run(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Measures, and writes the result on one process; None on the others. Raises Refusal."""
+    with joined() as processes:
+        result = evaluate(options, processes)
+    if processes.rank:
+        return None
     if options.out is not None:
-        try:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
+        with writable(f"--out {options.out}", "file"):
             options.out.write_text(json.dumps(result, indent=2) + "\n")
-        except OSError as error:
-            raise Refusal(f"--out {options.out}: cannot be written ({error}); give another file") from error
     return result
 
 
@@ -157,12 +226,24 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> None:
     """Reads the options, prints the result; ends with 2 and one line on stderr if they cannot be followed."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--samples", required=True, help="the images to measure: an .npz file, a folder, or digits")
-    parser.add_argument("--reference", required=True, help="the images to measure them against, likewise")
-    parser.add_argument("--features", default="pixels", help=f"what is compared: {', '.join(FEATURES)} (default pixels)")
-    parser.add_argument("--out", type=Path, help="a file for the JSON, beside printing it")
+    add = parser.add_argument
+    add("--samples", required=True, help="the images to measure: .npz, a folder, shards, or digits")
+    add("--reference", required=True, help="the images to measure them against, likewise, or statistics")
+    add("--features", default="pixels", help=f"what is compared: {', '.join(KINDS)}, NAME=PATH or PATH (default pixels)")
+    add("--metrics", nargs="+", default=["frechet"], help=f"some of: {', '.join(METRICS)} (default frechet)")
+    add("--num", type=int, help="how many samples count, the first ones; fewer are refused (default all)")
+    add("--batch-size", type=int, default=128, help="images at once")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where features are computed")
+    add("--kid-subsets", type=int, default=100, help="parts of the kernel distance")
+    add("--kid-subset-size", type=int, default=1000, help="images in each")
+    add("--kid-convention", default="clean-fid", choices=["clean-fid", "torch-fidelity"], help="in what order they are drawn")
+    add("--seed", type=int, default=0, help="of the parts of kernel distance and Inception score")
+    add("--cache", type=Path, help=f"folder of references' statistics (default {default_cache()})")
+    add("--compare-to", type=Path, help="a result to put beside this one, if the protocols are equal")
+    add("--out", type=Path, help="a file for the JSON, beside printing it")
     try:
-        print(json.dumps(run(parser.parse_args(arguments)), indent=2))
+        if (result := run(parser.parse_args(arguments))) is not None:
+            print(json.dumps(result, indent=2))
     except Refusal as refusal:
         parser.error(" ".join(str(refusal).split()))
 

@@ -212,6 +212,7 @@ def write(out: Path, samples: Tensor, labels: Tensor | None, source: Any, argume
 
     from distill.callbacks.sample_grid import save_grid
     from distill.metrics.features import to_uint8
+    from distill.metrics.image_sets import hash_of_images
 
     out.mkdir(parents=True, exist_ok=True)
     arrays = [to_uint8(samples).permute(0, 2, 3, 1).numpy()] + ([] if labels is None else [labels.numpy()])
@@ -219,6 +220,7 @@ def write(out: Path, samples: Tensor, labels: Tensor | None, source: Any, argume
     keys = ("seed", "steps", "guidance", "num", "prompts", "negative_prompt", "device")
     record = source.record | {key: getattr(arguments, key) for key in keys}
     record["evaluations"] = source.evaluations
+    record["sha256"] = hash_of_images(arrays[0])
     record["versions"] = {"distill": version("distill"), "torch": torch.__version__}
     (out / "samples.json").write_text(json.dumps(record, indent=2) + "\n")
     save_grid({f"{arguments.run or arguments.teacher}, steps: {arguments.steps}": samples[:100]}, out / "grid.png")

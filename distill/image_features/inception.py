@@ -45,7 +45,7 @@ class InceptionFeatures(PretrainedFeatures):
         identity = {"path": path, "sha256": "unread"}
         if hub.reads_weights():
             file = self.locate(path)
-            network = _load_script(path) if _is_script(file) else _load_state(path)
+            network = _load_script(path) if is_script(file) else _Layers(load_torch_fidelity(path, "2048"))
             identity["sha256"] = hub.content_hash(file.parent, [file.name])
         else:
             network = _described()
@@ -99,7 +99,7 @@ def _described() -> nn.Module:
     return network
 
 
-def _is_script(file: Path) -> bool:
+def is_script(file: Path) -> bool:
     """Whether it is a TorchScript archive, which holds its code."""
     if not zipfile.is_zipfile(file):
         return False
@@ -118,14 +118,18 @@ def _load_script(path: str) -> nn.Module:
     return network
 
 
-def _load_state(path: str) -> nn.Module:
+def load_torch_fidelity(path: str, output: str) -> nn.Module:
+    """torch-fidelity's network, which takes bytes ``(b, 3, h, w)``, for one of its outputs: ``2048``, ``logits_unbiased`` ...
+
+    Raises:
+        ValueError: a file that is no state dict of it.
+    """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     try:
         # refuses pickled code: torch-fidelity, which reads the file next, does not
         torch.load(path, map_location="cpu", weights_only=True)
-        network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=path)
+        return FeatureExtractorInceptionV3("inception", [output], feature_extractor_weights_path=path)
     except Exception as error:  # of the unpickler, or keys and shapes of another network
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"path={path!r}: no state dict of the FID's Inception ({reason}); save {STATE_URL} there.") from error
-    return _Layers(network)
