@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,11 +45,46 @@ class ModelSpace(nn.Module):
     Args:
         codec: None if networks work on pixels.
         conditioner: None if the data has no prompts.
+        offload: whether the weights of both stay in host memory, and are copied to the device for each call: memory of the
+            device for time. Data that was encoded beforehand needs neither.
     """
 
-    def __init__(self, codec: Codec | None = None, conditioner: Conditioner | None = None):
+    def __init__(self, codec: Codec | None = None, conditioner: Conditioner | None = None, offload: bool = False):
         super().__init__()
-        self.codec, self.conditioner = codec or IdentityCodec(), conditioner
+        self.codec, self.conditioner, self.offload = codec or IdentityCodec(), conditioner, offload
+        self.device = torch.device("cpu")
+        """Where calls compute."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ModelSpace:
+        self.device = fn(torch.empty(0, device=self.device)).device
+        if self.offload:  # of what `fn` does to a weight, its type alone
+            return super()._apply(lambda weight: weight.to(fn(weight.new_empty(0)).dtype), recurse)
+        return super()._apply(fn, recurse)
+
+    @contextmanager
+    def at_work(self, part: nn.Module) -> Iterator[None]:
+        """Within the block the weights of ``part``, the codec or the conditioner, are on the device that calls compute on.
+
+        A backward pass through what was computed within it may come after: what it needs is kept until then.
+        """
+        if not self.offload or self.device.type == "cpu":
+            yield
+            return
+        stores: list[dict[str, Any]] = [each for module in part.modules() for each in (module._parameters, module._buffers)]
+        kept = [(store, name, weight) for store in stores for name, weight in store.items() if weight is not None]
+        distinct = {id(weight): weight for _, _, weight in kept}  # one may be in two places
+        copies = {number: self._copied(weight) for number, weight in distinct.items()}
+        for store, name, weight in kept:
+            store[name] = copies[id(weight)]
+        try:
+            yield
+        finally:
+            for store, name, weight in kept:
+                store[name] = weight
+
+    def _copied(self, weight: Tensor) -> Tensor:
+        copied = weight.detach().to(self.device)
+        return nn.Parameter(copied, requires_grad=False) if isinstance(weight, nn.Parameter) else copied
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -58,7 +95,8 @@ class ModelSpace(nn.Module):
     def encode(self, batch: Batch) -> Batch:
         """The batch in model space; what is encoded already stays as it is. Draws from torch's global generator."""
         if batch.x0 is not None and not batch.encoded:
-            batch = replace(batch, x0=self.codec.encode(batch.x0), encoded=True)
+            with self.at_work(self.codec):
+                batch = replace(batch, x0=self.codec.encode(batch.x0), encoded=True)
         if batch.prompts is not None and self.conditioner is not None:
             cond, null = self.condition(batch.prompts)
             batch = replace(batch, cond=batch.cond | cond, null=batch.null | null, prompts=None)
@@ -68,7 +106,8 @@ class ModelSpace(nn.Module):
         """Conditions and null conditions of the prompts, each distinct one encoded once."""
         assert self.conditioner is not None
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-        cond, null = self.conditioner(list(numbers))
+        with self.at_work(self.conditioner):
+            cond, null = self.conditioner(list(numbers))
         rows = torch.tensor([numbers[prompt] for prompt in prompts])
         cond = {key: value[rows.to(value.device)] for key, value in cond.items()}
         return cond, {key: value[:1].expand(len(prompts), *value.shape[1:]) for key, value in null.items()}
@@ -76,7 +115,12 @@ class ModelSpace(nn.Module):
     @torch.no_grad()
     def decode(self, samples: Sample) -> Tensor:
         """Pixels ``(b, c, h, w)`` of samples in model space."""
-        return self.codec.decode(samples)
+        return self.decode_with_gradient(samples)
+
+    def decode_with_gradient(self, samples: Sample) -> Tensor:
+        """The same, for losses in pixels."""
+        with self.at_work(self.codec):
+            return self.codec.decode(samples)
 
     def spec(self, spec: DataSpec) -> DataSpec:
         """What networks are given of data that delivers ``spec``.

@@ -73,6 +73,25 @@ class Reads(Network):
         raise NotImplementedError
 
 
+class Scaled(Codec):
+    """Times a weight that is in two places, plus a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((4,), 2.0))
+        self.same, self.identity = self.weight, {"path": "scaled", "sha256": "dd"}
+        self.register_buffer("shift", torch.ones(4))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return pixels * self.weight + self.shift
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return (latents - self.shift) / self.same
+
+    def latent_shape(self, pixels: tuple[int, ...]) -> tuple[int, ...]:
+        return pixels
+
+
 def prompts() -> Batch:
     x0 = torch.linspace(-1, 1, 3 * 16).reshape(3, 1, 4, 4)
     return Batch(x0, {}, {}, prompts=["a", "bbb", "cc"])
@@ -195,3 +214,27 @@ def test_draws_of_the_codec_are_those_of_the_step():
     method.batches_seen = 4
     method.seed_draws()
     assert torch.equal(*latents) and not torch.equal(method.prepare(prompts()).x0, latents[0])
+
+
+def test_offloaded_weights_are_on_the_device_in_their_calls_alone():
+    """A device without memory stands for an accelerator."""
+    space = ModelSpace(Scaled(), Lengths(), offload=True).to("meta").double()
+    codec, weight, shift = space.codec, space.codec.weight, space.codec.shift
+    assert {tensor.device.type for tensor in codec.state_dict().values()} == {"cpu"} and weight.dtype == torch.float64
+    pixels = torch.zeros(2, 1, 4, 4, device="meta", dtype=torch.float64)
+    assert space.encode(Batch(pixels, {}, {})).x0.device.type == "meta"
+    assert space.decode(pixels).device.type == "meta"
+    with space.at_work(codec):
+        assert codec.shift.device.type == codec.weight.device.type == "meta" and codec.weight is codec.same
+    with pytest.raises(RuntimeError, match="broadcast"):
+        space.decode(torch.zeros(2, 3, device="meta"))
+    assert codec.weight is weight is codec.same and codec.shift is shift and weight.tolist() == [2.0] * 4
+
+
+def test_where_there_is_one_device_offloading_changes_nothing():
+    x0 = torch.linspace(-1, 1, 32).reshape(2, 1, 4, 4)
+    space = ModelSpace(Scaled(), offload=True)
+    assert torch.equal(space.encode(Batch(x0, {}, {})).x0, 2 * x0 + 1)
+    samples = x0.clone().requires_grad_()
+    space.decode_with_gradient(samples).sum().backward()
+    assert samples.grad is not None and torch.equal(samples.grad, torch.full_like(x0, 0.5))

@@ -123,8 +123,7 @@ class MMDFinetuning(Method):
     def losses(self, batch: Batch) -> Losses:
         if batch.x0 is None:
             raise ValueError("data delivers conditions without images, and there is nothing to match: give data with images.")
-        # Not `to_pixels`, which has no gradient.
-        samples = self.space.codec.decode(self.rollout(self.unit_noise(batch), batch))
+        samples = self.space.decode_with_gradient(self.rollout(self.unit_noise(batch), batch))
         losses: Losses = {}
         total = torch.zeros((), device=self.device)
         for weight, extract in zip(self.feature_weights, self.trained_features, strict=True):

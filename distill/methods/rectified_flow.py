@@ -109,7 +109,7 @@ class Reflow(Method):
             losses["velocity"] = (self.velocity_weight(self.schedule, t, t) * distances).mean()
         if self.sample_distance is not None:
             if self.decode:
-                x0, x = self.space.codec.decode(x0), self.to_pixels(x)
+                x0, x = self.space.decode_with_gradient(x0), self.to_pixels(x)
             losses["sample"] = (self.sample_weight(self.schedule, t, t) * self.sample_distance(x0, x)).mean()
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
