@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datamodules.kept_indices import scan_and_keep
 from datamodules.members import from_json, from_text
 from datamodules.streams.contents import Contents
 from datamodules.streams.decoding import FORMATS, check_finite, decode_picture, read_array
 from datamodules.streams.exact import IndexedSamples
 from datamodules.streams.rejects import Reject, Rejected
-from datamodules.tar_index import TarIndex, scan_and_keep
+from datamodules.tar_index import TarIndex
 
 Problem = tuple[str, str, str]
 """Reason, key (empty where the whole tar is meant), and detail."""

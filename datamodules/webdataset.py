@@ -13,6 +13,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datamodules.kept_indices import read_indices
 from datamodules.order import OrderedLoader, ResumableLoader, trained_batches
 from datamodules.ordered import OrderedDataModule
 from datamodules.streams.contents import Contents
@@ -25,7 +26,6 @@ from datamodules.streams.rejects import CHECKED_AFTER, IN_A_ROW, Fetched, Reject
 from datamodules.streams.resampled import ResampledBatches, first_samples
 from datamodules.streams.stored import LEARNT_FROM, StoredContents
 from datamodules.streams.tar_stream import Raw, Shard
-from datamodules.tar_index import read_indices
 from distill.types import Batch, label_conditions
 
 EVALUATED = 10_000

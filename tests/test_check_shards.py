@@ -13,7 +13,7 @@ import torch
 from bad_shards import GOOD, KINDS, captioned, good_shard, picture, write_bad, write_tar
 from script import load_script
 
-from datamodules import tar_index
+from datamodules import kept_indices
 from datamodules.members import to_npy
 from datamodules.shard_writing import write_shard
 
@@ -183,9 +183,9 @@ def test_indices_are_kept_on_the_way(workers, tmp_path, monkeypatch, capsys):
     check(tmp_path, tmp_path / "*.tar", *settings, wrong=False)
     check(tmp_path, files[0], wrong=False)
     assert "could not be kept" not in capsys.readouterr().out
-    monkeypatch.setattr(tar_index, "scan", None)
-    assert [index.keys for index in tar_index.read_indices(files, tmp_path / "cache")] == [["a"], ["b"]]
-    assert tar_index.is_kept(files[0]) and not tar_index.is_kept(files[1])
+    monkeypatch.setattr(kept_indices, "scan", None)
+    assert [index.keys for index in kept_indices.read_indices(files, tmp_path / "cache")] == [["a"], ["b"]]
+    assert kept_indices.is_kept(files[0]) and not kept_indices.is_kept(files[1])
 
 
 def test_an_index_that_cannot_be_kept_is_said_and_the_shard_is_not_wrong(tmp_path, capsys):

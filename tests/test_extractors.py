@@ -9,6 +9,7 @@ import pytest
 import tiny_features
 import torch
 from PIL import Image
+from tiny_features import images
 from torch import Tensor
 
 from distill.classifier import ConvClassifier
@@ -18,11 +19,6 @@ from distill.metrics.extractors import KINDS, find_extractor, make_extractor
 from distill.metrics.inception import CleanFeatures
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weights:UserWarning", "ignore:`torch.jit:FutureWarning")
-
-
-def images(*shape: int, seed: int = 0) -> Tensor:
-    """Whole bytes as images in [-1, 1]."""
-    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed)) / 127.5 - 1
 
 
 @pytest.fixture(scope="module")

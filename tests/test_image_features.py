@@ -9,7 +9,9 @@ from unittest.mock import patch
 
 import numpy
 import pytest
+import tiny_features
 import torch
+from tiny_features import images
 from torch import Tensor, nn
 
 from distill.classifier import ConvClassifier
@@ -28,11 +30,6 @@ from distill.metrics import FrechetDistance, GaussianStatistics, NetworkFeatures
 pytestmark = pytest.mark.filterwarnings("ignore:.*weights:UserWarning", "ignore:`torch.jit:FutureWarning")
 
 
-def images(*shape: int, seed: int = 0) -> Tensor:
-    """Whole bytes as images in [-1, 1]."""
-    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed)) / 127.5 - 1
-
-
 # --------------------------------------------------------------------------------------------------------- networks
 
 
@@ -43,9 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def classifier(folder: Path) -> Path:
-    torch.manual_seed(1)
-    ConvClassifier(channels=(4, 8), hidden=12).save(folder / "classifier")
-    return folder / "classifier"
+    return tiny_features.classifier(folder)
 
 
 @pytest.fixture(scope="module")
@@ -84,24 +79,12 @@ def script(folder: Path) -> tuple[Path, Script]:
 
 @pytest.fixture(scope="module")
 def clip(folder: Path) -> Path:
-    """A whole CLIP, text tower included."""
-    from transformers import CLIPConfig, CLIPModel
-
-    torch.manual_seed(3)
-    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision = {**small, "image_size": 16, "patch_size": 8}
-    CLIPModel(CLIPConfig(text_config=small, vision_config=vision, projection_dim=6)).save_pretrained(folder / "clip")
-    return folder / "clip"
+    return tiny_features.clip(folder)
 
 
 @pytest.fixture(scope="module")
 def dino(folder: Path) -> Path:
-    from transformers import Dinov2Config, Dinov2Model
-
-    torch.manual_seed(4)
-    config = Dinov2Config(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
-    Dinov2Model(config).save_pretrained(folder / "dino")
-    return folder / "dino"
+    return tiny_features.dino(folder)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from bad_shards import picture
 from PIL import Image
 from script import load_script
 
-from datamodules import tar_index
+from datamodules import kept_indices
 from datamodules.digits import load_digits
 from datamodules.members import from_npy
 from datamodules.tar_index import scan
@@ -92,9 +92,9 @@ def test_digits_as_arrays_are_the_same_bits(tmp_path):
 def test_the_index_of_each_shard_is_there(tmp_path, monkeypatch):
     out = run(tmp_path / "out", "--digits", "--of", 2)
     run(tmp_path / "out", "--digits", "--of", 2)
-    monkeypatch.setattr(tar_index, "scan", None)
+    monkeypatch.setattr(kept_indices, "scan", None)
     files = sorted(out.glob("*.tar"))
-    assert [len(index.keys) for index in tar_index.read_indices(files)] == [898, 899]
+    assert [len(index.keys) for index in kept_indices.read_indices(files)] == [898, 899]
 
 
 def test_pictures_of_a_folder_are_written_as_they_are(photos, tmp_path):

@@ -400,7 +400,8 @@ def test_settings_that_contradict_each_other_are_named(settings, words):
 def test_another_metric_than_those_trained_on_is_enough():
     metrics = [FrechetDistance()]
     method = mmd(small(), 2)
-    MMDFinetuning([Flat()], Optimization(), Evaluation(sampler=EULER, steps=[2], metrics=metrics), student=method.student)
+    evaluation = Evaluation(sampler=EULER, steps=[2], metrics=metrics)
+    assert MMDFinetuning([Flat()], Optimization(), evaluation, student=method.student).evaluation.metrics == metrics
 
 
 def test_data_that_cannot_be_matched_is_refused():

@@ -12,8 +12,9 @@ import pytest
 from bad_shards import GOOD, KINDS, captioned, good_shard, write_bad, write_tar
 from webdataset import tariterators
 
-from datamodules import tar_index
-from datamodules.tar_index import SUFFIX, kept_keys, read_index, read_indices, scan
+from datamodules import kept_indices
+from datamodules.kept_indices import SUFFIX, kept_keys, read_index, read_indices
+from datamodules.tar_index import scan
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
@@ -200,7 +201,7 @@ def test_an_index_is_kept_until_the_tar_changes(tmp_path, monkeypatch):
     first = read_index(file)
     assert sorted(path.name for path in tmp_path.iterdir()) == [file.name, file.name + SUFFIX]
     with monkeypatch.context() as patch:
-        patch.setattr(tar_index, "scan", None)
+        patch.setattr(kept_indices, "scan", None)
         assert same(read_index(file), first) and first.problems
     good_shard(file, ["new", "samples"])
     assert read_index(file).keys == ["new", "samples"]
@@ -265,7 +266,7 @@ def test_tars_without_an_index_are_counted_before_they_are_scanned(tmp_path, cap
         indices = read_indices(files)
         assert next(indices).keys == ["a"] and len(told()) == 1 and "indexing 3 shards that have no index yet" in told()[0]
         assert [index.keys for index in indices] == [["b"], ["c"], ["d"]]
-        monkeypatch.setattr(tar_index, "scan", None)
+        monkeypatch.setattr(kept_indices, "scan", None)
         assert [index.keys for index in read_indices(files)] == [[name] for name in "abcd"] and len(told()) == 1
 
 
@@ -276,7 +277,7 @@ def test_processes_that_start_together_share_the_scans(tmp_path, monkeypatch):
         scanned.append(file)
         if len(scanned) == 3:  # meanwhile
             for other in files[:4]:
-                tar_index._save(tar_index._kept(other, None), scan(other), tar_index._stamp(other))
+                kept_indices._save(kept_indices._kept(other, None), scan(other), kept_indices._stamp(other))
         return scan(file)
 
     orders = set()
@@ -284,7 +285,7 @@ def test_processes_that_start_together_share_the_scans(tmp_path, monkeypatch):
         scanned.clear()
         for file in files:
             _forget(file)
-        monkeypatch.setattr(tar_index, "scan", scan_and_another_too)
+        monkeypatch.setattr(kept_indices, "scan", scan_and_another_too)
         assert [index.keys for index in read_indices(files)] == [[name] for name in "abcdefgh"]
         assert len(set(scanned)) == len(scanned) == 3 + len(set(files[4:]) - set(scanned[:3]))
         orders.add(tuple(scanned))

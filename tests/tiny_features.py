@@ -43,28 +43,33 @@ def inception_state(folder: Path) -> Path:
 
 
 def clip(folder: Path) -> Path:
-    """A whole CLIP for 16x16 pixels."""
+    """A whole CLIP for 16x16 pixels, text tower included."""
     from transformers import CLIPConfig, CLIPModel
 
-    torch.manual_seed(2)
-    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(3)
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = {**small, "image_size": 16, "patch_size": 8}
     CLIPModel(CLIPConfig(text_config=small, vision_config=vision, projection_dim=6)).save_pretrained(folder / "clip")
     return folder / "clip"
 
 
 def dino(folder: Path) -> Path:
-    """A DINOv2 of one layer."""
+    """A DINOv2 of two layers."""
     from transformers import Dinov2Config, Dinov2Model
 
-    torch.manual_seed(3)
-    config = Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    torch.manual_seed(4)
+    config = Dinov2Config(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
     Dinov2Model(config).save_pretrained(folder / "dino")
     return folder / "dino"
 
 
 def classifier(folder: Path) -> Path:
     """A classifier of digits."""
-    torch.manual_seed(4)
+    torch.manual_seed(1)
     ConvClassifier(channels=(4, 8), hidden=12).save(folder / "classifier")
     return folder / "classifier"
+
+
+def images(*shape: int, seed: int = 0) -> Tensor:
+    """Whole bytes as images in [-1, 1]."""
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed)) / 127.5 - 1

@@ -28,12 +28,12 @@ from typing import Any
 from tqdm import tqdm
 
 from datamodules.digits import NUM_CLASSES, SIZE, caption, load_digits
+from datamodules.kept_indices import read_index
 from datamodules.members import to_npy, to_png
 from datamodules.order import permutation
 from datamodules.pictures import Pictures
 from datamodules.shards import differences, shard_name
 from datamodules.streams.decoding import FORMATS
-from datamodules.tar_index import read_index
 from distill.checkpoints import TEMPORARY, atomic_writer
 
 FORMAT = 1

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from datamodules.kept_indices import kept_keys
 from datamodules.shards import OpenFiles
 from datamodules.streams.contents import Contents, Row
 from datamodules.streams.decoding import Bytes, Draws
 from datamodules.streams.grouped_order import GroupedOrder
 from datamodules.streams.rejects import IN_A_ROW, Fetched, Reject, Rejected
-from datamodules.tar_index import TarIndex, kept_keys
+from datamodules.tar_index import TarIndex
 from distill.types import Batch
 
 MOST_BYTES = 1 << 29
@@ -37,7 +38,7 @@ class IndexedSamples:
     Args:
         indices: of the tars; taken one by one.
         contents: what a sample is.
-        cache: folder of the indices, see `datamodules.tar_index.read_index`.
+        cache: folder of the indices, see `datamodules.kept_indices.read_index`.
 
     Attributes:
         digest: a hash of names, sizes and keys of the shards, wherever they lie.

@@ -6,7 +6,7 @@ import glob
 import re
 from pathlib import Path
 
-from datamodules.tar_index import SUFFIX
+from datamodules.kept_indices import SUFFIX
 
 BESIDE = (".json", ".partial", SUFFIX)
 """Ends of the names of manifests, unfinished files and indices, which ``folder/*`` does not mean."""

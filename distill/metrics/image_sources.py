@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy
 
+from datamodules.kept_indices import read_index
 from datamodules.pictures import PICTURES
 from datamodules.streams.decoding import FORMATS, LARGEST_MAX_PIXELS, decode_picture
 from datamodules.streams.patterns import expand
 from datamodules.streams.rejects import Reject
-from datamodules.tar_index import read_index
 
 Pixels = Any
 """Bytes of one image, uint8 ``(h, w, c)``."""
