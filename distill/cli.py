@@ -39,6 +39,7 @@ from distill.callbacks.run_record import RunRecord
 from distill.callbacks.sample_grid import SampleGrid
 from distill.callbacks.step_progress import StepProgressBar
 from distill.callbacks.throughput import Throughput
+from distill.callbacks.training_cost import TrainingCost
 from distill.checkpoints import AtomicCheckpointIO, RunCheckpoint, checkpoint_folder, find_checkpoint, read_checkpoint
 from distill.methods.trained import TrainedModule
 from distill.parse_errors import explain
@@ -229,7 +230,7 @@ class DistillCLI(LightningCLI):
         timeout = timedelta(seconds=self._get(self.config_init, "process_group_timeout"))
         callbacks: list[Callback] = [RandomState(), *([PredictionWriter()] if self.subcommand == "predict" else [])]
         if self.subcommand == "fit":
-            callbacks.append(Preemption(timeout))
+            callbacks += [Preemption(timeout), TrainingCost()]
         if config.enable_progress_bar is not False:
             callbacks.append(StepProgressBar())
         if config.logger in (None, True):

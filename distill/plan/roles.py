@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from distill.denoiser import NetworkDenoiser
 from distill.frozen import Frozen
+from distill.networks.base import Network
 
 CRITICS = {"score": "fake score", "head": "discriminator"}
 """What the parts of a two-player method's critic are called in a plan."""
@@ -58,6 +60,7 @@ def roots(method: Any) -> Iterator[tuple[str, Any]]:
         yield from ((CRITICS.get(name, "critic"), part) for name, part in parts)
     yield "average", method.ema
     yield "target average", getattr(method, "target", None)
+    yield "teacher", getattr(method, "previous", None)  # of later rounds
     if space is not None:
         yield "codec", space.codec
         yield "text encoders", space.conditioner
@@ -74,3 +77,15 @@ def tensors_by_role(method: Any) -> dict[str, list[Tensor]]:
                 seen.add(key)
                 roles.setdefault(name, []).append(tensor)
     return roles
+
+
+def networks_by_role(method: Any) -> dict[nn.Module, str]:
+    """What a method's denoisers evaluate, each network with the first role that leads to it."""
+    names: dict[nn.Module, str] = {}
+    for name, root in roots(method):
+        for module in reachable(root):
+            if isinstance(module, Network):
+                names.setdefault(module, name)
+            elif isinstance(module, NetworkDenoiser):
+                names.setdefault(module.network, name)
+    return names

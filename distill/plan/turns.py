@@ -13,11 +13,10 @@ from torch import Tensor
 
 from distill.methods.players import Player
 from distill.methods.sampled import SampledModule
-from distill.networks.base import Network
 from distill.operations import OperationCounter
 from distill.optimization import clip_gradients
 from distill.plan.live_bytes import LiveBytes
-from distill.plan.roles import reachable, roots, tensors_of
+from distill.plan.roles import networks_by_role, tensors_of
 from distill.plan.states import size_of
 from distill.types import Batch
 
@@ -64,11 +63,7 @@ class Turn:
 @contextlib.contextmanager
 def _watched(method: Any, turn: Turn, live: LiveBytes) -> Iterator[None]:
     """Counts operations, evaluations of the method's networks, and what they keep."""
-    names: dict[Network, str] = {}
-    for name, root in roots(method):
-        for module in reachable(root):
-            if isinstance(module, Network):
-                names.setdefault(module, name)
+    names = networks_by_role(method)
     before: list[int] = []
 
     def enter(module: Any, inputs: Any) -> None:
