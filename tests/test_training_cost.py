@@ -183,4 +183,4 @@ def test_ranks_are_added_up():
     before = {"evaluations": {"student": 5, "teacher": 1}, "images": 5, "seconds": 2.0, "device_seconds": 2.0}
     ranks = [{"evaluations": {"student": 7}, "images": 7, "seconds": time} for time in (3.0, 4.0)]
     expected = {"evaluations": {"student": 19, "teacher": 1}, "images": 19, "seconds": 6.0, "device_seconds": 10.0}
-    assert added_up(before, ranks) == expected
+    assert added_up(before, *ranks) == expected

@@ -126,7 +126,7 @@ class TrainingCost(Callback):
         if trainer.world_size > 1:
             ranks = [{}] * trainer.world_size
             torch.distributed.all_gather_object(ranks, own)
-        cost = added_up(self.before, ranks)
+        cost = added_up(self.before, *ranks)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             with atomic_writer(Path(trainer.default_root_dir) / FILE) as file:
                 file.write((json.dumps(described(cost, trainer, pl_module), indent=2) + "\n").encode())
@@ -137,7 +137,7 @@ def _nothing() -> dict[str, Any]:
     return {"evaluations": {}, "images": 0, "seconds": 0.0, "device_seconds": 0.0}
 
 
-def added_up(before: dict[str, Any], ranks: list[dict[str, Any]]) -> dict[str, Any]:
+def added_up(before: dict[str, Any], *ranks: dict[str, Any]) -> dict[str, Any]:
     """What was spent before and, since then, by each of the ranks: all images and evaluations, the longest time."""
     evaluations, seconds = Counter(before["evaluations"]), max(rank["seconds"] for rank in ranks)
     for rank in ranks:
@@ -152,7 +152,8 @@ def added_up(before: dict[str, Any], ranks: list[dict[str, Any]]) -> dict[str, A
 
 def described(cost: dict[str, Any], trainer: Trainer, method: Any) -> dict[str, Any]:
     """The content of the file."""
-    trained = sum(parameter.numel() for player in method.seated_players() for parameter in player.parameters)
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    trained = sum(parameter.numel() for group in groups for parameter in group["params"])
     evaluations, device = cost["evaluations"], trainer.strategy.root_device
     return {
         "method": type(method).__name__,

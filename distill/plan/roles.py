@@ -17,7 +17,7 @@ OTHERS = "others"
 """Whatever a method holds beside its roles: features of a distance, guides, counters."""
 
 
-def reachable(root: Any) -> list[nn.Module]:
+def reachable(root: Any) -> Iterator[nn.Module]:
     """Every module that an object of this package leads to, also those in `Frozen` and in settings that are no modules."""
     found: list[nn.Module] = []
     seen: set[int] = set()
@@ -36,7 +36,7 @@ def reachable(root: Any) -> list[nn.Module]:
             waiting += list(value)
         elif type(value).__module__.startswith("distill"):
             waiting += list(vars(value).values()) if hasattr(value, "__dict__") else []
-    return found
+    return iter(found)
 
 
 def tensors_of(root: Any) -> Iterator[Tensor]:
