@@ -13,7 +13,8 @@ content hash, in ``--cache``.
 
 Features: ``pixels``; ``classifier`` (configs/digits/classifier.yaml); ``clean``, clean-fid's protocol; ``legacy``, that of
 torch-fidelity; ``dinov2``; ``clip``. ``NAME=PATH`` or ``PATH`` alone name other weights. Nothing is downloaded. Labelled 8x8x1
-samples are also read by a classifier of digits, which gives ``accuracy``.
+samples are also read by a classifier of digits, which gives ``accuracy``. ``--bootstrap 1000`` adds a 95 % interval of the
+Fréchet distance: what other samples of the same network would give (distill/metrics/bootstrap.py).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any, NoReturn
 import numpy
 import torch
 
+from distill.metrics.bootstrap import FEWEST
 from distill.metrics.digits import read_digits
 from distill.metrics.extractors import KINDS, find_extractor, make_extractor
 from distill.metrics.features import FeatureExtractor, from_uint8
@@ -71,9 +73,13 @@ def check(options: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
     """The name of the features and what ``--compare-to`` holds. Raises Refusal for options that cannot be followed."""
     if wrong := [metric for metric in options.metrics if metric not in METRICS]:
         raise Refusal(f"--metrics {' '.join(wrong)}: unknown; give some of: {', '.join(METRICS)}")
-    for name, least in (("num", 2), ("batch_size", 1), ("kid_subsets", 1), ("kid_subset_size", 2), ("seed", 0)):
+    for name, least in (("num", 2), ("batch_size", 1), ("kid_subsets", 1), ("kid_subset_size", 2), ("seed", 0), ("bootstrap", 0)):
         if (value := getattr(options, name)) is not None and value < least:
             raise Refusal(f"--{name.replace('_', '-')} {value}: give at least {least}")
+    if options.bootstrap and options.bootstrap < FEWEST:
+        raise Refusal(f"--bootstrap {options.bootstrap}: give at least {FEWEST} resamples, better 1000, or 0 for no interval")
+    if options.bootstrap and "frechet" not in options.metrics:
+        raise Refusal(f"--bootstrap {options.bootstrap}: is the interval of frechet; name it in --metrics, or leave it out")
     if options.out is not None and options.out.is_dir():
         raise Refusal(f"--out {options.out}: is a folder; give the name of a file, e.g. {options.out / 'fid.json'}")
     if options.out is not None:
@@ -145,7 +151,7 @@ def evaluate(options: argparse.Namespace, processes: Processes = ALONE) -> dict[
     """Reads, measures, and says by what protocol. Raises Refusal."""
     name, other = check(options)
     features = make(options)
-    drawn = {key: getattr(options, key) for key in ("batch_size", "kid_subsets", "kid_subset_size", "kid_convention", "seed")}
+    drawn = {key: getattr(options, key) for key in ("batch_size", "kid_subsets", "kid_subset_size", "kid_convention", "seed", "bootstrap")}
     sampling = Sampling(**drawn, device=own_device(options.device), processes=processes)
     logits = make(options, logits=True) if "inception_score" in options.metrics else None
     stated = statistics_of_reference(options, features)
@@ -158,7 +164,8 @@ def evaluate(options: argparse.Namespace, processes: Processes = ALONE) -> dict[
         (reference, was_kept), described = measure_reference(options, images, features, sampling), images.describe()
     else:
         (reference, described), was_kept = stated, False
-    measured = measure_set(samples, features, sampling, with_rows=bool(set(options.metrics) & OF_ROWS))
+    with_rows = bool(set(options.metrics) & OF_ROWS) or options.bootstrap > 0
+    measured = measure_set(samples, features, sampling, with_rows)
     if processes.rank == 0 and reference.statistics.total.shape != measured.statistics.total.shape:
         widths = [statistics.total.numel() for statistics in (measured.statistics, reference.statistics)]
         found = f"has {widths[1]} features, the samples {widths[0]}"
@@ -237,7 +244,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--kid-subsets", type=int, default=100, help="parts of the kernel distance")
     add("--kid-subset-size", type=int, default=1000, help="images in each")
     add("--kid-convention", default="clean-fid", choices=["clean-fid", "torch-fidelity"], help="in what order they are drawn")
-    add("--seed", type=int, default=0, help="of the parts of kernel distance and Inception score")
+    add("--bootstrap", type=int, default=0, help="resamples of the samples for an interval of frechet (default 0: none)")
+    add("--seed", type=int, default=0, help="of the parts of kernel distance and Inception score, and of resamples")
     add("--cache", type=Path, help=f"folder of references' statistics (default {default_cache()})")
     add("--compare-to", type=Path, help="a result to put beside this one, if the protocols are equal")
     add("--out", type=Path, help="a file for the JSON, beside printing it")

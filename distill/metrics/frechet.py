@@ -125,6 +125,13 @@ class GaussianStatistics:
         return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
 
 
+def weighted_statistics(features: Float64[Tensor, "n d"], counts: Tensor) -> GaussianStatistics:
+    """Those of a set that holds each feature ``counts`` times ``(n,)``; features that it does not hold cost nothing."""
+    held = counts > 0
+    features, weights = features[held], counts[held].to(features.dtype)
+    return GaussianStatistics(counts.sum(), weights @ features, _gram(features * weights.sqrt()[:, None]))
+
+
 class FrechetDistance(Metric):
     """The Fréchet distance between generated and real images, streamed and summed over ranks.
 

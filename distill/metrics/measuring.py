@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.metrics.bootstrap import frechet_interval
 from distill.metrics.features import FeatureExtractor
 from distill.metrics.frechet import GaussianStatistics
 from distill.metrics.image_sets import ImageSet, Refusal
@@ -43,7 +44,9 @@ class Sampling:
     Attributes:
         batch_size: images at once; the same batches on any number of processes.
         device: where features are computed.
-        kid_subsets, kid_subset_size, kid_convention, seed: see `kernel_distance`; the seed is the Inception score's as well.
+        kid_subsets, kid_subset_size, kid_convention, seed: see `kernel_distance`; the seed is the Inception score's as well,
+            and that of resamples.
+        bootstrap: resamples of the Fréchet distance's interval, which is no part of the protocol; 0 for none.
     """
 
     batch_size: int = 128
@@ -52,6 +55,7 @@ class Sampling:
     kid_subset_size: int = 1000
     kid_convention: Any = "clean-fid"
     seed: int = 0
+    bootstrap: int = 0
     processes: Processes = field(default_factory=Processes)
 
     def settings(self, metric: str) -> dict[str, Any]:
@@ -94,12 +98,13 @@ def measure_set(images: ImageSet, features: FeatureExtractor, sampling: Sampling
 def compute(
     metrics: list[str], samples: Measured, reference: Measured, logits: Tensor | None, sampling: Sampling
 ) -> dict[str, dict[str, Any]]:
-    """Each metric's ``value``, its ``std`` over parts where it is a mean of them, and ``settings``; on process 0, else nothing.
+    """Each metric's ``value``, its ``std`` over parts where it is a mean of them, ``settings``, and the Fréchet distance's
+    ``interval`` if there are to be resamples; on process 0, else nothing.
 
     Args:
         metrics: of `METRICS`.
-        samples: with rows, if a metric is of `OF_ROWS`.
-        reference: likewise.
+        samples: with rows, if a metric is of `OF_ROWS` or there are to be resamples.
+        reference: with rows, if a metric is of `OF_ROWS`.
         logits: of the samples, for the Inception score.
         sampling: how parts are drawn.
 
@@ -117,6 +122,10 @@ def compute(
         results[metric] = {"settings": sampling.settings(metric)}
         if metric == "frechet":
             results[metric]["value"] = samples.statistics.distance(reference.statistics)
+            if sampling.bootstrap:
+                assert samples.rows is not None
+                drawn_from = (samples.rows, reference.statistics)
+                results[metric]["interval"] = frechet_interval(*drawn_from, sampling.bootstrap, sampling.seed)._asdict()
         elif metric == "kid":
             assert samples.rows is not None and reference.rows is not None
             drawn = (sampling.kid_subsets, sampling.kid_subset_size, sampling.seed, sampling.kid_convention)

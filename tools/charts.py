@@ -1,0 +1,173 @@
+"""Curves of a comparison, as SVG to lie in a page: each line and point bears its name, colours go by method."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+from evaluations import Contestant
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA3377", "#E69F00", "#56B4E9", "#444444")
+"""Told apart by the colour-blind (Okabe and Ito's, but for two that are pale on white)."""
+MARKERS = "osD^vPX"
+STYLE = {"font.size": 10.5, "font.family": "sans-serif", "svg.fonttype": "none", "axes.spines.top": False}
+STYLE |= {"axes.spines.right": False, "axes.edgecolor": "#777777", "axes.labelcolor": "#222222", "grid.color": "#dddddd"}
+GAP = 15
+"""Points between the lines of labels."""
+
+
+def looks(contestants: list[Contestant]) -> dict[str, tuple[str, str]]:
+    """Colour and marker by name: one colour for each method, one marker for each run of it. Teachers are black."""
+    methods: dict[str, int] = {}
+    for each in contestants:
+        if not each.is_teacher:
+            methods.setdefault(each.method, 0)
+    places, found = {method: place for place, method in enumerate(methods)}, {}
+    for each in contestants:
+        if each.is_teacher:
+            found[each.name] = ("black", "*")
+            continue
+        place, number = places[each.method], methods[each.method]
+        methods[each.method] += 1
+        found[each.name] = (COLOURS[place % len(COLOURS)], MARKERS[(number + place // len(COLOURS)) % len(MARKERS)])
+    return found
+
+
+def svg(figure: Figure, prefix: str) -> str:
+    """The figure as an SVG element without a size of its own, whose names begin with ``prefix``."""
+    buffer = io.StringIO()
+    with rc_context({**STYLE, "svg.hashsalt": prefix}):
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
+    return re.sub(r'^<svg[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img" xmlns:xlink="http://www.w3.org/1999/xlink">', text)
+
+
+def logarithmic(axis: Any) -> None:
+    """Distances often lie within one power of ten, which by itself would have no labels."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def spread(places: list[float], gap: float) -> list[float]:
+    """Places in the same order, at least ``gap`` apart, as near to the given ones as a few passes bring them."""
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    found = [places[index] for index in order]
+    for _ in range(200):
+        for low in range(len(found) - 1):
+            if (lack := gap - (found[low + 1] - found[low])) > 1e-6:
+                found[low], found[low + 1] = found[low] - lack / 2, found[low + 1] + lack / 2
+    result = [0.0] * len(places)
+    for index, place in zip(order, found):
+        result[index] = place
+    return result
+
+
+def label_lines(figure: Figure, axes: Axes, ends: list[tuple[str, float, float, str]]) -> None:
+    """Names in a column right of the axes, each tied to its line's end."""
+    figure.draw_without_rendering()
+    scale = figure.dpi / 72
+    box, heights = axes.get_window_extent(), [axes.transData.transform((x, y))[1] / scale for _, x, y, _ in ends]
+    for (name, x, y, colour), height in zip(ends, spread(heights, GAP)):
+        place = (box.x1 / scale + 14, height)
+        arrow = {"arrowstyle": "-", "color": colour, "alpha": 0.45, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 3}
+        words = {"textcoords": "figure points", "color": colour, "va": "center", "annotation_clip": False}
+        axes.annotate(name, (x, y), place, arrowprops=arrow, parse_math=False, **words)
+
+
+def steps_chart(contestants: list[Contestant]) -> str:
+    """Distance against steps, with intervals, both axes logarithmic; teachers are dashed."""
+    look = looks(contestants)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10, max(4.6, 0.24 * len(contestants) + 1)))
+        figure.subplots_adjust(left=0.075, right=0.74, top=0.97, bottom=0.12)
+        axes = figure.add_subplot(xlabel="sampler steps", ylabel="Fréchet distance")
+        ends = []
+        for each in contestants:
+            colour, marker = look[each.name]
+            steps, values = list(each.evaluations), [found.distance for found in each.evaluations.values()]
+            axes.plot(steps, values, "--" if each.is_teacher else "-", marker=marker, color=colour, linewidth=1.4, markersize=5.5)
+            for found in each.evaluations.values():
+                if found.interval:
+                    axes.plot([found.steps] * 2, found.interval, color=colour, alpha=0.35, linewidth=4, solid_capstyle="butt")
+            ends.append((each.name, steps[-1], values[-1], colour))
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        ticks = sorted({steps for each in contestants for steps in each.evaluations})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        logarithmic(axes.yaxis)
+        axes.grid(True, which="major")
+        label_lines(figure, axes, ends)
+    return svg(figure, "steps")
+
+
+def costs(contestants: list[Contestant], steps: int | None, key: str) -> list[tuple[Contestant, float, float]]:
+    """Those whose cost is known: what it is, and the distance in so many steps, or the best one."""
+    found = []
+    for each in contestants:
+        value = each.cost.get("evaluations", {}).get("total") if key == "evaluations" else each.cost.get(key)
+        if value and (steps is None or steps in each.evaluations):
+            found.append((each, value, each.best.distance if steps is None else each.evaluations[steps].distance))
+    return found
+
+
+def cost_chart(contestants: list[Contestant], steps: list[int]) -> str:
+    """Distance against what training took: a panel for each number of steps, then the best one; empty without costs."""
+    panels = [(f"in {number} step{'s' * (number > 1)}", number, "evaluations") for number in steps]
+    panels += [("best, whatever the steps", None, "evaluations"), ("best, whatever the steps", None, "device_seconds")]
+    filled = [(title, key, found) for title, number, key in panels if (found := costs(contestants, number, key))]
+    if not filled:
+        return ""
+    names = {"evaluations": "network evaluations in training", "device_seconds": "seconds of training x devices"}
+    look, rows = looks(contestants), -(-len(filled) // 2)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10, 3.6 * rows), layout="constrained")
+        for place, (title, key, points) in enumerate(filled):
+            axes = figure.add_subplot(rows, 2, place + 1, xlabel=names[key], ylabel="Fréchet distance")
+            axes.set_title(title, loc="left", fontweight="bold", fontsize=10.5)
+            for each, cost, distance in points:
+                colour, marker = look[each.name]
+                axes.plot([cost], [distance], marker, color=colour, markersize=6)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.margins(0.12, 0.12)
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            logarithmic(axes.yaxis)
+            axes.grid(True, which="major")
+            label_points(figure, axes, [(each.name, cost, distance, look[each.name][0]) for each, cost, distance in points])
+    return svg(figure, "cost")
+
+
+def label_points(figure: Figure, axes: Axes, points: list[tuple[str, float, float, str]]) -> None:
+    """A name beside each point, on the first side where it covers no other name or point and stays in the panel."""
+    figure.draw_without_rendering()
+    sides = [(8, 0, "left", "center"), (-8, 0, "right", "center"), (0, 8, "center", "bottom"), (0, -8, "center", "top")]
+    sides += [(7, 7, "left", "bottom"), (-7, 7, "right", "bottom"), (7, -7, "left", "top"), (-7, -7, "right", "top")]
+    taken = []
+    marks = [axes.transData.transform((x, y)) for _, x, y, _ in points]
+    for (name, x, y, colour), own in zip(points, marks):
+        best = None
+        for dx, dy, across, along in sides:
+            words = {"textcoords": "offset points", "fontsize": 9, "color": colour, "ha": across, "va": along}
+            text = axes.annotate(name, (x, y), (dx, dy), parse_math=False, **words)
+            box, inside = text.get_window_extent(), axes.get_window_extent()
+            covered = sum(box.overlaps(other) for other in taken)
+            covered += sum(box.contains(*mark) for mark in marks if mark is not own)
+            covered += 3 * (box.x0 < inside.x0 or box.x1 > inside.x1 + 20)
+            if best is None or covered < best[0]:
+                if best is not None:
+                    best[1].remove()
+                best = (covered, text, box)
+            else:
+                text.remove()
+        if best is not None:
+            taken.append(best[2])
