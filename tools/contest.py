@@ -269,11 +269,10 @@ class Contest:
         distance = json.loads((folder / "fid.json").read_text())["distance"]
         self.say(f"{name}: distance {distance:.4f} at {steps} steps")
 
-    def measure_teacher(self) -> bool:
+    def measure_teacher(self) -> None:
         """Draws and measures the teacher."""
         for steps in sorted(self.options.teacher_steps):
             self.measure("teacher", steps, ["--teacher", str(self.teacher), "--solver", self.options.solver])
-        return True
 
     def compare(self, runs: list[Path]) -> None:
         """Writes the report."""

@@ -128,13 +128,18 @@ def hold(options: argparse.Namespace, recipes: list[Recipe], contest: Contest, r
 
         return attempt(work, plan.recipe.name, record)
 
+    def measured_teacher() -> bool:
+        contest.measure_teacher()
+        record.note("teacher", status="complete", error=None)
+        return True
+
     with ThreadPoolExecutor(options.jobs) as pool:
         plans = [plan for plan in pool.map(planned, recipes) if plan]
         lines = plan_lines(plans, options.jobs, contest)
         print("\n".join(lines), flush=True)
         if options.dry_run:
             return int(len(plans) < len(recipes))
-        teacher = pool.submit(attempt, contest.measure_teacher, "teacher", record)
+        teacher = pool.submit(attempt, measured_teacher, "teacher", record)
         runs = [run for run in pool.map(done, plans) if run]
     failed = {name: facts["error"] for name, facts in record.content["recipes"].items() if facts["status"] == "failed"}
     if runs and teacher.result():
@@ -150,6 +155,8 @@ def checked(options: argparse.Namespace) -> tuple[list[Recipe], Budget]:
     for key, least in (("num", 2), ("seed", 0), ("bootstrap", 0), ("jobs", 1), ("threads", 1)):
         if (value := getattr(options, key)) < least:
             raise Refusal(f"--{key} {value}: give at least {least}")
+    if 0 < options.bootstrap < 40:
+        raise Refusal(f"--bootstrap {options.bootstrap}: give at least 40 resamples, or 0 for no interval")
     if wrong := [steps for steps in (*options.steps, *options.teacher_steps) if steps < 1]:
         raise Refusal(f"--steps {wrong[0]}: give at least 1")
     if not (options.teacher / "model_index.json").is_file() and not any(options.teacher.glob("**/config.json")):
