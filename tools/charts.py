@@ -10,15 +10,20 @@ from evaluations import Contestant
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from wording import number, plural
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA3377", "#E69F00", "#56B4E9", "#444444")
 """Told apart by the colour-blind (Okabe and Ito's, but for two that are pale on white)."""
 MARKERS = "osD^vPX"
 STYLE = {"font.size": 10.5, "font.family": "sans-serif", "svg.fonttype": "none", "axes.spines.top": False}
 STYLE |= {"axes.spines.right": False, "axes.edgecolor": "#777777", "axes.labelcolor": "#222222", "grid.color": "#dddddd"}
-GAP = 15
+GAP = 14
 """Points between the lines of labels."""
+APART = 0.2
+"""Doublings of steps over which the contestants of one number of steps are spread."""
+HALO = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
+"""Behind names, which may lie on lines."""
 
 
 def looks(contestants: list[Contestant]) -> dict[str, tuple[str, str]]:
@@ -47,14 +52,14 @@ def svg(figure: Figure, prefix: str) -> str:
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
-    return re.sub(r'^<svg[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img" xmlns:xlink="http://www.w3.org/1999/xlink">', text)
+    return re.sub(r'^<svg[^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{prefix}">', text)
 
 
 def logarithmic(axis: Any) -> None:
-    """Distances often lie within one power of ten, which by itself would have no labels."""
+    """Figures often lie within one power of ten, which by itself would have no labels."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axis.set_minor_locator(NullLocator())
 
 
 def spread(places: list[float], gap: float) -> list[float]:
@@ -72,42 +77,45 @@ def spread(places: list[float], gap: float) -> list[float]:
 
 
 def label_lines(figure: Figure, axes: Axes, ends: list[tuple[str, float, float, str]]) -> None:
-    """Names in a column right of the axes, each tied to its line's end."""
+    """Names right of their lines' ends; those of lines that end at one number of steps in a column."""
     figure.draw_without_rendering()
     scale = figure.dpi / 72
-    box, heights = axes.get_window_extent(), [axes.transData.transform((x, y))[1] / scale for _, x, y, _ in ends]
-    for (name, x, y, colour), height in zip(ends, spread(heights, GAP)):
-        place = (box.x1 / scale + 14, height)
-        arrow = {"arrowstyle": "-", "color": colour, "alpha": 0.45, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 3}
-        words = {"textcoords": "figure points", "color": colour, "va": "center", "annotation_clip": False}
-        axes.annotate(name, (x, y), place, arrowprops=arrow, parse_math=False, **words)
+    for steps in {round(x) for _, x, _, _ in ends}:
+        column = [end for end in ends if round(end[1]) == steps]
+        places = [axes.transData.transform((x, y)) / scale for _, x, y, _ in column]
+        heights, right = spread([height for _, height in places], GAP), max(place for place, _ in places) + 12
+        for (name, x, y, colour), height in zip(column, heights):
+            arrow = {"arrowstyle": "-", "color": colour, "alpha": 0.6, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 3}
+            words = {"textcoords": "figure points", "color": colour, "va": "center", "annotation_clip": False, "bbox": HALO}
+            axes.annotate(name, (x, y), (right, height), arrowprops=arrow, parse_math=False, zorder=5, **words)
 
 
 def steps_chart(contestants: list[Contestant]) -> str:
     """Distance against steps, with intervals, both axes logarithmic; teachers are dashed."""
-    look = looks(contestants)
+    look, ends = looks(contestants), []
     with rc_context(STYLE):
-        figure = Figure(figsize=(10, max(4.6, 0.24 * len(contestants) + 1)))
-        figure.subplots_adjust(left=0.075, right=0.74, top=0.97, bottom=0.12)
+        figure = Figure(figsize=(10, max(4.6, 0.26 * len(contestants) + 1.5)))
+        figure.subplots_adjust(left=0.075, right=0.86, top=0.97, bottom=0.1)
         axes = figure.add_subplot(xlabel="sampler steps", ylabel="Fréchet distance")
-        ends = []
-        for each in contestants:
-            colour, marker = look[each.name]
-            steps, values = list(each.evaluations), [found.distance for found in each.evaluations.values()]
-            axes.plot(steps, values, "--" if each.is_teacher else "-", marker=marker, color=colour, linewidth=1.4, markersize=5.5)
-            for found in each.evaluations.values():
-                if found.interval:
-                    axes.plot([found.steps] * 2, found.interval, color=colour, alpha=0.35, linewidth=4, solid_capstyle="butt")
-            ends.append((each.name, steps[-1], values[-1], colour))
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        for place, each in enumerate(contestants):
+            colour, marker = look[each.name]
+            apart = 2 ** (APART * (place / max(len(contestants) - 1, 1) - 0.5))
+            steps, values = [count * apart for count in each.evaluations], [one.distance for one in each.evaluations.values()]
+            axes.plot(steps, values, "--" if each.is_teacher else "-", marker=marker, color=colour, linewidth=1.3, markersize=5)
+            for x, found in zip(steps, each.evaluations.values()):
+                # an end at 0 has no place on this axis
+                low, high = found.interval or (found.distance, found.distance)
+                axes.plot([x, x], [max(low, found.distance / 10), high], color=colour, alpha=0.6, linewidth=1.2)
+            ends.append((each.name, steps[-1], values[-1], colour))
         ticks = sorted({steps for each in contestants for steps in each.evaluations})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         logarithmic(axes.yaxis)
         axes.grid(True, which="major")
         label_lines(figure, axes, ends)
-    return svg(figure, "steps")
+        return svg(figure, "steps")
 
 
 def costs(contestants: list[Contestant], steps: int | None, key: str) -> list[tuple[Contestant, float, float]]:
@@ -122,9 +130,9 @@ def costs(contestants: list[Contestant], steps: int | None, key: str) -> list[tu
 
 def cost_chart(contestants: list[Contestant], steps: list[int]) -> str:
     """Distance against what training took: a panel for each number of steps, then the best one; empty without costs."""
-    panels = [(f"in {number} step{'s' * (number > 1)}", number, "evaluations") for number in steps]
+    panels = [(f"in {plural(count, 'step')}", count, "evaluations") for count in steps]
     panels += [("best, whatever the steps", None, "evaluations"), ("best, whatever the steps", None, "device_seconds")]
-    filled = [(title, key, found) for title, number, key in panels if (found := costs(contestants, number, key))]
+    filled = [(title, key, found) for title, count, key in panels if (found := costs(contestants, count, key))]
     if not filled:
         return ""
     names = {"evaluations": "network evaluations in training", "device_seconds": "seconds of training x devices"}
@@ -140,11 +148,11 @@ def cost_chart(contestants: list[Contestant], steps: list[int]) -> str:
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.margins(0.12, 0.12)
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            logarithmic(axes.xaxis)
             logarithmic(axes.yaxis)
             axes.grid(True, which="major")
             label_points(figure, axes, [(each.name, cost, distance, look[each.name][0]) for each, cost, distance in points])
-    return svg(figure, "cost")
+        return svg(figure, "cost")
 
 
 def label_points(figure: Figure, axes: Axes, points: list[tuple[str, float, float, str]]) -> None:
@@ -161,7 +169,7 @@ def label_points(figure: Figure, axes: Axes, points: list[tuple[str, float, floa
             text = axes.annotate(name, (x, y), (dx, dy), parse_math=False, **words)
             box, inside = text.get_window_extent(), axes.get_window_extent()
             covered = sum(box.overlaps(other) for other in taken)
-            covered += sum(box.contains(*mark) for mark in marks if mark is not own)
+            covered += sum(box.padded(6).contains(*mark) for mark in marks if mark is not own)
             covered += 3 * (box.x0 < inside.x0 or box.x1 > inside.x1 + 20)
             if best is None or covered < best[0]:
                 if best is not None:
