@@ -14,16 +14,23 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from wording import number, plural
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA3377", "#E69F00", "#56B4E9", "#444444")
-"""Told apart by the colour-blind (Okabe and Ito's, but for two that are pale on white)."""
+"""Told apart by the colour-blind: Okabe and Ito's, but for two that are pale on white."""
 MARKERS = "osD^vPX"
-STYLE = {"font.size": 10.5, "font.family": "sans-serif", "svg.fonttype": "none", "axes.spines.top": False}
+STYLE: dict[Any, Any] = {"font.size": 10.5, "font.family": "sans-serif", "svg.fonttype": "none", "axes.spines.top": False}
 STYLE |= {"axes.spines.right": False, "axes.edgecolor": "#777777", "axes.labelcolor": "#222222", "grid.color": "#dddddd"}
-GAP = 14
-"""Points between the lines of labels."""
 APART = 0.2
 """Doublings of steps over which the contestants of one number of steps are spread."""
-HALO = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
+TIE: dict[str, Any] = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3}
+WORDS: dict[str, Any] = {"textcoords": "offset points", "arrowprops": TIE, "va": "center", "annotation_clip": False, "parse_math": False}
+NEAR = [(8, 0), (-8, 0), (0, 11), (0, -11), (8, 8), (-8, 8), (8, -8), (-8, -8)]
+PLACES = NEAR + [(side, up) for up in (0, 12, -12, 24, -24, 36, -36, 48, -48) for side in (26, -26, 90, -90)]
+"""Where a name may stand, in points right of and above its point: the first ones are tried first."""
+HALO: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
 """Behind names, which may lie on lines."""
+
+
+Point = tuple[str, float, float, str]
+"""A name, its place in figures, its colour."""
 
 
 def looks(contestants: list[Contestant]) -> dict[str, tuple[str, str]]:
@@ -76,18 +83,14 @@ def spread(places: list[float], gap: float) -> list[float]:
     return result
 
 
-def label_lines(figure: Figure, axes: Axes, ends: list[tuple[str, float, float, str]]) -> None:
-    """Names right of their lines' ends; those of lines that end at one number of steps in a column."""
-    figure.draw_without_rendering()
-    scale = figure.dpi / 72
-    for steps in {round(x) for _, x, _, _ in ends}:
-        column = [end for end in ends if round(end[1]) == steps]
-        places = [axes.transData.transform((x, y)) / scale for _, x, y, _ in column]
-        heights, right = spread([height for _, height in places], GAP), max(place for place, _ in places) + 12
-        for (name, x, y, colour), height in zip(column, heights):
-            arrow = {"arrowstyle": "-", "color": colour, "alpha": 0.6, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 3}
-            words = {"textcoords": "figure points", "color": colour, "va": "center", "annotation_clip": False, "bbox": HALO}
-            axes.annotate(name, (x, y), (right, height), arrowprops=arrow, parse_math=False, zorder=5, **words)
+def label_column(axes: Axes, points: list[Point], size: float) -> None:
+    """Names in one column right of all points, in their order from below, each tied to its own."""
+    scale = axes.get_figure(root=True).dpi / 72
+    places = [axes.transData.transform((x, y)) / scale for _, x, y, _ in points]
+    heights, right = spread([height for _, height in places], 1.35 * size), max(place for place, _ in places) + 12
+    for (name, x, y, colour), height in zip(points, heights):
+        words: dict[str, Any] = {**WORDS, "textcoords": "figure points", "arrowprops": TIE | {"color": colour, "alpha": 0.6}}
+        axes.annotate(name, (x, y), (right, height), color=colour, fontsize=size, bbox=HALO, zorder=5, **words)
 
 
 def steps_chart(contestants: list[Contestant]) -> str:
@@ -114,7 +117,9 @@ def steps_chart(contestants: list[Contestant]) -> str:
         axes.xaxis.set_minor_locator(NullLocator())
         logarithmic(axes.yaxis)
         axes.grid(True, which="major")
-        label_lines(figure, axes, ends)
+        figure.draw_without_rendering()
+        for last in {max(each.evaluations) for each in contestants}:
+            label_column(axes, [end for end, each in zip(ends, contestants) if max(each.evaluations) == last], 10.5)
         return svg(figure, "steps")
 
 
@@ -130,52 +135,67 @@ def costs(contestants: list[Contestant], steps: int | None, key: str) -> list[tu
 
 def cost_chart(contestants: list[Contestant], steps: list[int]) -> str:
     """Distance against what training took: a panel for each number of steps, then the best one; empty without costs."""
-    panels = [(f"in {plural(count, 'step')}", count, "evaluations") for count in steps]
-    panels += [("best, whatever the steps", None, "evaluations"), ("best, whatever the steps", None, "device_seconds")]
+    panels: list[tuple[str, int | None, str]] = [(f"in {plural(count, 'step')}", count, "evaluations") for count in steps]
+    panels += [("best, whatever the steps", None, key) for key in ("evaluations", "device_seconds")]
     filled = [(title, key, found) for title, count, key in panels if (found := costs(contestants, count, key))]
     if not filled:
         return ""
     names = {"evaluations": "network evaluations in training", "device_seconds": "seconds of training x devices"}
     look, rows = looks(contestants), -(-len(filled) // 2)
     with rc_context(STYLE):
-        figure = Figure(figsize=(10, 3.6 * rows), layout="constrained")
-        for place, (title, key, points) in enumerate(filled):
+        most = max(len(found) for _, _, found in filled)
+        figure, parts = Figure(figsize=(10, max(3.6, 0.17 * most + 1.1) * rows), layout="constrained"), []
+        for place, (title, key, found) in enumerate(filled):
             axes = figure.add_subplot(rows, 2, place + 1, xlabel=names[key], ylabel="Fréchet distance")
             axes.set_title(title, loc="left", fontweight="bold", fontsize=10.5)
-            for each, cost, distance in points:
-                colour, marker = look[each.name]
-                axes.plot([cost], [distance], marker, color=colour, markersize=6)
-            axes.set_xscale("log")
-            axes.set_yscale("log")
-            axes.margins(0.12, 0.12)
-            logarithmic(axes.xaxis)
-            logarithmic(axes.yaxis)
-            axes.grid(True, which="major")
-            label_points(figure, axes, [(each.name, cost, distance, look[each.name][0]) for each, cost, distance in points])
+            points = [(each.name, cost, distance, look[each.name][0]) for each, cost, distance in found]
+            for (name, cost, distance, colour) in points:
+                axes.plot([cost], [distance], look[name][1], color=colour, markersize=6)
+            parts.append((axes, points, scale_costs(axes, [cost for _, cost, _, _ in points])))
+        figure.draw_without_rendering()
+        for axes, points, are_equal in parts:
+            if are_equal:
+                label_column(axes, sorted(points, key=lambda point: point[2]), 9)
+            else:
+                label_points(axes, points)
         return svg(figure, "cost")
 
 
-def label_points(figure: Figure, axes: Axes, points: list[tuple[str, float, float, str]]) -> None:
-    """A name beside each point, on the first side where it covers no other name or point and stays in the panel."""
-    figure.draw_without_rendering()
-    sides = [(8, 0, "left", "center"), (-8, 0, "right", "center"), (0, 8, "center", "bottom"), (0, -8, "center", "top")]
-    sides += [(7, 7, "left", "bottom"), (-7, 7, "right", "bottom"), (7, -7, "left", "top"), (-7, -7, "right", "top")]
-    taken = []
+def scale_costs(axes: Axes, values: list[float]) -> bool:
+    """Both axes logarithmic. Whether the costs are so equal that points stand above each other, as of equal budgets."""
+    low, high = min(values), max(values)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.margins(0.12, 0.12)
+    middle = (low * high) ** 0.5
+    axes.set_xlim(min(low / 1.25, middle / 2.2), max(high * 1.25, middle * 2.2))
+    logarithmic(axes.xaxis)
+    logarithmic(axes.yaxis)
+    axes.grid(True, which="major")
+    return high < 1.3 * low
+
+
+def label_points(axes: Axes, points: list[Point]) -> None:
+    """A name by each point, at the first place where it covers no other name or point, else where it covers least."""
     marks = [axes.transData.transform((x, y)) for _, x, y, _ in points]
+    taken: list[Any] = []
+    inside = axes.get_window_extent()
     for (name, x, y, colour), own in zip(points, marks):
-        best = None
-        for dx, dy, across, along in sides:
-            words = {"textcoords": "offset points", "fontsize": 9, "color": colour, "ha": across, "va": along}
-            text = axes.annotate(name, (x, y), (dx, dy), parse_math=False, **words)
-            box, inside = text.get_window_extent(), axes.get_window_extent()
-            covered = sum(box.overlaps(other) for other in taken)
-            covered += sum(box.padded(6).contains(*mark) for mark in marks if mark is not own)
-            covered += 3 * (box.x0 < inside.x0 or box.x1 > inside.x1 + 20)
-            if best is None or covered < best[0]:
-                if best is not None:
-                    best[1].remove()
-                best = (covered, text, box)
-            else:
-                text.remove()
-        if best is not None:
-            taken.append(best[2])
+        text = axes.annotate(name, (x, y), (8, 0), fontsize=9, color=colour, **WORDS)
+        others: list[Any] = [mark for mark in marks if mark is not own]
+        tried = []
+        for place, (side, up) in enumerate(PLACES):
+            text.set(position=(side, up), ha=alignment(side))
+            box = text.get_window_extent()
+            covered = sum(box.overlaps(other) for other in taken) + sum(box.padded(5).contains(*mark) for mark in others)
+            tried.append((covered + 3 * (box.x0 < inside.x0 or box.x1 > inside.x1 + 20), place, box))
+            if not tried[-1][0]:
+                break
+        _, place, box = min(tried, key=lambda each: each[:2])
+        text.set(position=PLACES[place], ha=alignment(PLACES[place][0]))
+        taken.append(box)
+
+
+def alignment(side: int) -> str:
+    """Which end of a name is at its place."""
+    return "left" if side > 0 else "right" if side < 0 else "center"

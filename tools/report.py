@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from pathlib import Path
 
 import numpy
@@ -63,6 +64,11 @@ def escape(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
+def breakable(name: str) -> str:
+    """For HTML; a class's name may be broken between its words."""
+    return re.sub("(?<=[a-z])(?=[A-Z])", "<wbr>", escape(name))
+
+
 def table(headings: list[str], lines: list[list[str]], kind: str = "") -> str:
     """A table in a box of its own that scrolls; cells are HTML."""
     head = "".join(f"<th>{heading}</th>" for heading in headings)
@@ -102,7 +108,7 @@ def figures_table(contestants: list[Contestant]) -> str:
     lines = []
     for each in contestants:
         said = [way(each), *elsewhere(each, steps)]
-        name = f"<b>{escape(each.name)}</b>" + "".join(f"<small>{escape(text)}</small>" for text in said)
+        name = f"<b>{escape(each.name)}</b>" + "".join(f"<small>{breakable(text)}</small>" for text in said)
         cells = [figure_cell(each.evaluations.get(number), mark.get((each.name, number), "")) for number in steps]
         lines.append([name, *cells, *(escape(content) for _, content in facts(each))])
     return table(headings, lines, "figures")
@@ -168,7 +174,7 @@ def small_print(contestants: list[Contestant], command: str) -> str:
 
 def html_page(contestants: list[Contestant], command: str) -> str:
     """The page."""
-    answers = "".join(f"<li><span>{escape(key)}</span> {escape(value)}</li>" for key, value in headline(contestants))
+    answers = "".join(f"<li><span>{escape(key)}:</span> {escape(value)}</li>" for key, value in headline(contestants))
     return BODY.format(
         title=TITLE,
         style=STYLE,

@@ -67,13 +67,13 @@ def facts(each: Contestant) -> list[tuple[str, str]]:
     """The columns of a contestant beside its distances: heading and content. A teacher was not trained here."""
     cost = each.cost
     counted: dict[str, Any] = cost.get("evaluations", {})
-    device = duration(cost.get("device_seconds")) + (f", {cost['devices']} x {cost['device']}" if "devices" in cost else "")
     found = [
         ("trainable parameters", number(cost.get("parameters", {}).get("trained"))),
         ("training images", number(cost.get("images"))),
         ("training evaluations", number(counted.get("total"))),
         ("wall time", duration(cost.get("seconds"))),
-        ("device time", device),
+        ("device time", duration(cost.get("device_seconds"))),
+        ("devices", f"{cost['devices']} x {cost['device']}" if "device" in cost else UNKNOWN),
     ]
     return [(heading, "" if each.is_teacher else content) for heading, content in found]
 
@@ -110,10 +110,10 @@ def headline(contestants: list[Contestant]) -> list[tuple[str, str]]:
         if tied:
             more = f" and {len(tied) - 4} more" if len(tied) > 4 else ""
             words += f"; not told apart from {', '.join(tied[:4])}{more}"
-        lines.append((f"Best in {plural(steps, 'step')}:", words if others else f"{words}; no other run was measured there"))
+        lines.append((f"Best in {plural(steps, 'step')}", words if others else f"{words}; no other run was measured there"))
     for each in contestants:
         if each.is_teacher:
-            lines.append(("For comparison:", f"{each.name}, {distance(each.best)} in {plural(each.best.steps, 'step')}"))
+            lines.append(("For comparison", f"{each.name}, {distance(each.best)} in {plural(each.best.steps, 'step')}"))
     return lines
 
 
@@ -163,7 +163,7 @@ def protocol(contestants: list[Contestant]) -> list[tuple[str, str]]:
     reference, features = result["reference"], result["features"]
     said = f"{reference['path']}, {reference['count']} images" if "count" in reference else str(reference["path"])
     lines = [("distance", "Fréchet distance of n samples to the reference"), ("n", str(result["protocol"]["num"]))]
-    lines += [("features", f"{features['name']}: {features['protocol']}"), ("hash of the features", str(features["hash"]))]
+    lines += [("features", str(features["protocol"])), ("hash of the features", str(features["hash"]))]
     return lines + [("reference", said), ("hash of the reference", str(result["protocol"]["reference"]))]
 
 
