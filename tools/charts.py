@@ -21,7 +21,8 @@ STYLE |= {"axes.spines.right": False, "axes.edgecolor": "#777777", "axes.labelco
 APART = 0.2
 """Doublings of steps over which the contestants of one number of steps are spread."""
 TIE: dict[str, Any] = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3}
-WORDS: dict[str, Any] = {"textcoords": "offset points", "arrowprops": TIE, "va": "center", "annotation_clip": False, "parse_math": False}
+WORDS: dict[str, Any] = {"textcoords": "offset points", "arrowprops": TIE, "va": "center"}
+WORDS |= {"annotation_clip": False, "parse_math": False}
 NEAR = [(8, 0), (-8, 0), (0, 11), (0, -11), (8, 8), (-8, 8), (8, -8), (-8, -8)]
 PLACES = NEAR + [(side, up) for up in (0, 12, -12, 24, -24, 36, -36, 48, -48) for side in (26, -26, 90, -90)]
 """Where a name may stand, in points right of and above its point: the first ones are tried first."""
