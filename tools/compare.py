@@ -2,9 +2,9 @@
 
     python tools/compare.py runs/tournament/{cd,sid,dmd2} --teacher runs/tournament/teacher --out runs/tournament
 
-Each RUN holds ``evaluations/<name>/``: samples of tools/sample.py, and in the same folder ``fid.json`` of tools/fid.py, best with
-``--bootstrap 1000``; and ``training_cost.json``, which every training writes. A teacher's folder holds evaluations alone. Writes
-``report.html``, which needs nothing but a browser, and ``report.md``.
+Each RUN holds ``evaluations/<name>/``, samples of tools/sample.py and in the same folder ``fid.json`` of tools/fid.py, best
+with ``--bootstrap 1000``; and ``training_cost.json``, which every training writes. A teacher's folder holds evaluations alone.
+Writes ``report.html``, which needs nothing but a browser, and ``report.md``.
 
 Figures of unequal protocols are refused, and stale ones: of samples that were drawn again since they were measured, or of a run
 that was trained further since.

@@ -118,7 +118,8 @@ def check_age(option: str, found: Evaluation, cost: dict[str, Any]) -> None:
     if seen is None or trained is None or seen == trained:
         return
     if seen > trained:
-        raise Refusal(f"{option}: {COST} counts {trained} batches, {found.folder} was drawn after {seen}; train on, or remove it")
+        why = f"{COST} counts {trained} batches, {found.folder} was drawn after {seen}"
+        raise Refusal(f"{option}: {why}; put back the {COST} of this training, or remove it")
     if found.settings.get("checkpoint", "last") == "last":
         why = f"{found.folder} is stale, drawn after {seen} batches of {trained}"
         raise Refusal(f"{option}: {why}; draw and measure again (tools/sample.py, tools/fid.py)")

@@ -73,7 +73,8 @@ def check(options: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
     """The name of the features and what ``--compare-to`` holds. Raises Refusal for options that cannot be followed."""
     if wrong := [metric for metric in options.metrics if metric not in METRICS]:
         raise Refusal(f"--metrics {' '.join(wrong)}: unknown; give some of: {', '.join(METRICS)}")
-    for name, least in (("num", 2), ("batch_size", 1), ("kid_subsets", 1), ("kid_subset_size", 2), ("seed", 0), ("bootstrap", 0)):
+    bounds = {"num": 2, "batch_size": 1, "kid_subsets": 1, "kid_subset_size": 2, "seed": 0, "bootstrap": 0}
+    for name, least in bounds.items():
         if (value := getattr(options, name)) is not None and value < least:
             raise Refusal(f"--{name.replace('_', '-')} {value}: give at least {least}")
     if options.bootstrap and options.bootstrap < FEWEST:
@@ -151,7 +152,8 @@ def evaluate(options: argparse.Namespace, processes: Processes = ALONE) -> dict[
     """Reads, measures, and says by what protocol. Raises Refusal."""
     name, other = check(options)
     features = make(options)
-    drawn = {key: getattr(options, key) for key in ("batch_size", "kid_subsets", "kid_subset_size", "kid_convention", "seed", "bootstrap")}
+    keys = ("batch_size", "kid_subsets", "kid_subset_size", "kid_convention", "seed", "bootstrap")
+    drawn = {key: getattr(options, key) for key in keys}
     sampling = Sampling(**drawn, device=own_device(options.device), processes=processes)
     logits = make(options, logits=True) if "inception_score" in options.metrics else None
     stated = statistics_of_reference(options, features)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from pathlib import Path
 
 import numpy
@@ -13,9 +14,12 @@ from evaluations import Contestant, Evaluation
 from fid import Refusal
 from wording import (
     INTERVALS,
+    LEGEND,
     all_steps,
+    beside,
     commands,
     distance,
+    elsewhere,
     facts,
     headline,
     interval,
@@ -24,6 +28,7 @@ from wording import (
     protocol,
     provenance,
     ranked,
+    way,
 )
 
 from distill.metrics.image_sets import open_set
@@ -38,12 +43,12 @@ BODY = """<!doctype html>
 <h1>{title}</h1>
 {headline}
 <h2>Figures</h2>
-<p>Fréchet distance to the reference, smaller is better. Runs by their best; <b>best</b> of each number of steps, and ≈ where the
-interval reaches the best one's.</p>
+<p>{legend} The best of each number of steps is marked; ≈ where an interval reaches that of the best.</p>
 {table}
 <p class="note">{intervals}</p>
 <h2>Distance against steps</h2>
-<figure class="chart">{steps}<figcaption>Colours are methods; bars are intervals; the teacher is dashed.</figcaption></figure>
+<figure class="chart">{steps}<figcaption>Both axes are logarithmic. One colour for each method; thin bars are intervals; the
+teacher is dashed. Runs stand a little apart, so that bars can be seen.</figcaption></figure>
 <h2>Distance against the cost of training</h2>
 {cost}
 <h2>Samples</h2>
@@ -59,6 +64,11 @@ def escape(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
+def breakable(name: str) -> str:
+    """For HTML; a class's name may be broken between its words."""
+    return re.sub("(?<=[a-z])(?=[A-Z])", "<wbr>", escape(name))
+
+
 def table(headings: list[str], lines: list[list[str]], kind: str = "") -> str:
     """A table in a box of its own that scrolls; cells are HTML."""
     head = "".join(f"<th>{heading}</th>" for heading in headings)
@@ -68,12 +78,12 @@ def table(headings: list[str], lines: list[list[str]], kind: str = "") -> str:
 
 def marks(contestants: list[Contestant]) -> dict[tuple[str, int], str]:
     """``best`` or ``level`` by name and number of steps; nothing for others, nor where there is one run alone."""
-    found = {}
+    found: dict[tuple[str, int], str] = {}
     for steps in all_steps(contestants):
-        order = ranked(contestants, steps)
-        for place, (each, evaluation) in enumerate(order if len(order) > 1 else []):
-            if place == 0 or level(order[0][1], evaluation):
-                found[each.name, steps] = "best" if place == 0 else "level"
+        (winner, best), *others = ranked(contestants, steps)
+        if others:
+            found[winner.name, steps] = "best"
+        found |= {(each.name, steps): "level" for each, other in others if level(best, other)}
     return found
 
 
@@ -82,15 +92,13 @@ def figure_cell(found: Evaluation | None, mark: str) -> str:
     if found is None:
         return '<span class="none">–</span>'
     value = {"best": f"<b>{distance(found)}</b>", "level": f"≈ {distance(found)}"}.get(mark, distance(found))
-    small = [escape(text) for text in (interval(found), *beside(found)) if text]
+    small = [escape(text) for text in (interval(found), beside(found)) if text]
     return f'<span class="value">{value}</span>' + "".join(f"<small>{text}</small>" for text in small)
 
 
-def beside(found: Evaluation) -> list[str]:
-    """What is known of a set beside its distance."""
-    spent, accuracy = found.settings.get("evaluations"), found.result.get("accuracy")
-    said = [plural(round(spent, 2), "evaluation")] if spent is not None else []
-    return said + ([f"accuracy {accuracy:.1%}"] if accuracy is not None else [])
+def folded(summary: str, content: str, is_open: bool = False) -> str:
+    """A part of the page that is shown on demand."""
+    return f"<details{' open' if is_open else ''}><summary>{summary}</summary>{content}</details>"
 
 
 def figures_table(contestants: list[Contestant]) -> str:
@@ -99,7 +107,8 @@ def figures_table(contestants: list[Contestant]) -> str:
     headings = ["", *(plural(number, "step") for number in steps), *(heading for heading, _ in facts(contestants[0]))]
     lines = []
     for each in contestants:
-        name = f"<b>{escape(each.name)}</b>" + ("<small>teacher</small>" if each.is_teacher else "")
+        said = [way(each), *elsewhere(each, steps)]
+        name = f"<b>{escape(each.name)}</b>" + "".join(f"<small>{breakable(text)}</small>" for text in said)
         cells = [figure_cell(each.evaluations.get(number), mark.get((each.name, number), "")) for number in steps]
         lines.append([name, *cells, *(escape(content) for _, content in facts(each))])
     return table(headings, lines, "figures")
@@ -130,15 +139,14 @@ def picture(found: Evaluation) -> str:
 def pictures(contestants: list[Contestant]) -> str:
     """Samples side by side, a block for each number of steps, in the order of distance; the first block is open."""
     teachers = [(each, each.best) for each in contestants if each.is_teacher]
-    blocks, numbers = [], [steps for steps in all_steps(contestants) if ranked(contestants, steps)]
+    blocks = []
     drawn = {id(found): picture(found) for each in contestants for found in each.evaluations.values()}
-    for place, steps in enumerate(numbers):
+    for place, steps in enumerate(all_steps(contestants)):
         shown = []
         for each, found in [*ranked(contestants, steps), *teachers]:
             caption = f"<b>{escape(each.name)}</b> {plural(found.steps, 'step')}, {distance(found)}"
             shown.append(f"<figure>{drawn[id(found)]}<figcaption>{caption}</figcaption></figure>")
-        opened = " open" if place == 0 else ""
-        blocks.append(f"<details{opened}><summary>{plural(steps, 'step')}</summary><div class='grids'>{''.join(shown)}</div></details>")
+        blocks.append(folded(plural(steps, "step"), f'<div class="grids">{"".join(shown)}</div>', place == 0))
     seeds = {found.settings.get("seed") for each in contestants for found in each.evaluations.values()}
     same = "Pictures at one place have one seed. " if len(seeds) == 1 else "Sets have unequal seeds: see below. "
     return f"<p>{same}The first {COLUMNS * ROWS} of each set, none chosen.</p>" + "\n".join(blocks)
@@ -160,16 +168,18 @@ def small_print(contestants: list[Contestant], command: str) -> str:
     sets = table(headings, [[escape(cell) for cell in line] for line in lines], "sets")
     folders = "".join(f"<li>{escape(each.name)}: <code>{escape(each.folder)}</code></li>" for each in contestants)
     shell = escape("\n".join([command, *commands(contestants)]))
-    return f"<dl>{common}</dl>{sets}<h3>Folders</h3><ul>{folders}</ul><h3>Commands</h3><pre>{shell}</pre>"
+    parts = [folded("Each set of samples", sets), folded("Folders", f"<ul>{folders}</ul>")]
+    return f"<dl>{common}</dl>{''.join(parts)}{folded('Commands that give the figures', f'<pre>{shell}</pre>')}"
 
 
 def html_page(contestants: list[Contestant], command: str) -> str:
     """The page."""
-    answers = "".join(f"<li><span>{escape(key)}</span> {escape(value)}</li>" for key, value in headline(contestants))
+    answers = "".join(f"<li><span>{escape(key)}:</span> {escape(value)}</li>" for key, value in headline(contestants))
     return BODY.format(
         title=TITLE,
         style=STYLE,
         headline=f'<ul class="answer">{answers}</ul>',
+        legend=escape(LEGEND),
         table=figures_table(contestants),
         intervals=escape(INTERVALS),
         steps=steps_chart(contestants),
@@ -194,14 +204,17 @@ def markdown_table(headings: list[str], lines: list[list[str]]) -> str:
 def markdown(contestants: list[Contestant], command: str) -> str:
     """The same without pictures and curves."""
     steps = all_steps(contestants)
-    headings = ["run", *(plural(number, "step") for number in steps), *(heading for heading, _ in facts(contestants[0]))]
+    headings = ["run", "method", *(plural(number, "step") for number in steps)]
+    headings += [heading for heading, _ in facts(contestants[0])]
     lines = []
     for each in contestants:
         found = [each.evaluations.get(number) for number in steps]
-        cells = ["; ".join(filter(None, [distance(one), interval(one), *beside(one)])) if one else "–" for one in found]
-        lines.append([each.name + (" (teacher)" if each.is_teacher else ""), *cells, *(content for _, content in facts(each))])
+        cells = ["; ".join(filter(None, [distance(one), interval(one), beside(one)])) if one else "–" for one in found]
+        said = "; ".join([way(each), *elsewhere(each, steps)])
+        lines.append([each.name, said, *cells, *(content for _, content in facts(each))])
     answers = "\n".join(f"- **{plain(key)}**: {plain(value)}" for key, value in headline(contestants))
     common = "\n".join(f"- {plain(key)}: {plain(value)}" for key, value in protocol(contestants))
     shell = "\n".join(f"    {line}" for line in [command, *commands(contestants)])
-    parts = [f"# {TITLE}", answers, "## Figures", markdown_table(headings, lines), INTERVALS, "## What the figures depend on"]
-    return "\n\n".join([*parts, common, markdown_table(*provenance(contestants)), "## Commands", shell]) + "\n"
+    parts = [f"# {TITLE}", answers, "## Figures", LEGEND, markdown_table(headings, lines), INTERVALS]
+    parts += ["## What the figures depend on", common, markdown_table(*provenance(contestants)), "## Commands", shell]
+    return "\n\n".join(parts) + "\n"

@@ -34,35 +34,59 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
 
 
+def digits(value: float) -> str:
+    """Three of them, zeros at the end among them."""
+    return f"{value:#.3g}".rstrip(".")
+
+
 def distance(found: Evaluation) -> str:
-    """In four digits."""
-    return f"{found.distance:.4g}"
+    """The figure."""
+    return digits(found.distance)
 
 
 def interval(found: Evaluation) -> str:
     """Both ends; empty if it was not asked for."""
-    return f"{found.interval[0]:.4g} to {found.interval[1]:.4g}" if found.interval else ""
+    return " to ".join(map(digits, found.interval)) if found.interval else ""
+
+
+def beside(found: Evaluation) -> str:
+    """What is known of a set beside its distance: evaluations a sample, accuracy."""
+    spent, accuracy = found.settings.get("evaluations"), found.result.get("accuracy")
+    said = [f"{spent:.3g} eval." if spent is not None else "", f"{accuracy:.1%}" if accuracy is not None else ""]
+    return " · ".join(filter(None, said))
+
+
+def way(each: Contestant) -> str:
+    """The method of a run, or that it is a teacher, and how it was solved."""
+    if each.is_teacher:
+        return f"teacher, {each.method}" if each.method else "teacher"
+    return each.method or UNKNOWN
 
 
 def facts(each: Contestant) -> list[tuple[str, str]]:
     """The columns of a contestant beside its distances: heading and content. A teacher was not trained here."""
-    cost, nothing = each.cost, "" if each.is_teacher else UNKNOWN
+    cost = each.cost
     counted: dict[str, Any] = cost.get("evaluations", {})
-    device = duration(cost.get("device_seconds")) + (f" on {cost['devices']} x {cost['device']}" if "devices" in cost else "")
     found = [
-        ("method", each.method or UNKNOWN),
         ("trainable parameters", number(cost.get("parameters", {}).get("trained"))),
         ("training images", number(cost.get("images"))),
-        ("network evaluations in training", number(counted.get("total"))),
+        ("training evaluations", number(counted.get("total"))),
         ("wall time", duration(cost.get("seconds"))),
-        ("device time", device),
+        ("device time", duration(cost.get("device_seconds"))),
+        ("devices", f"{cost['devices']} x {cost['device']}" if "device" in cost else UNKNOWN),
     ]
-    return [(heading, nothing if content == UNKNOWN and each.is_teacher else content) for heading, content in found]
+    return [(heading, "" if each.is_teacher else content) for heading, content in found]
 
 
 def all_steps(contestants: list[Contestant]) -> list[int]:
-    """Every number of steps that something was measured at."""
-    return sorted({steps for each in contestants for steps in each.evaluations})
+    """Every number of steps that a run was measured at."""
+    return sorted({steps for each in contestants if not each.is_teacher for steps in each.evaluations})
+
+
+def elsewhere(each: Contestant, steps: list[int]) -> list[str]:
+    """Figures of a teacher at other numbers of steps than the runs'."""
+    others = [found for count, found in each.evaluations.items() if count not in steps]
+    return [f"{plural(found.steps, 'step')}: {distance(found)}" for found in others]
 
 
 def ranked(contestants: list[Contestant], steps: int) -> list[tuple[Contestant, Evaluation]]:
@@ -77,19 +101,19 @@ def level(first: Evaluation, other: Evaluation) -> bool:
 
 
 def headline(contestants: list[Contestant]) -> list[tuple[str, str]]:
-    """The answer in a few lines: a question, and which run it is."""
+    """The answer in a few lines: of what, and which run it is."""
     lines = []
     for steps in all_steps(contestants):
-        if not (order := ranked(contestants, steps)):
-            continue
-        (winner, best), others = order[0], order[1:]
-        words = f"{winner.name}, at {distance(best)}" + (f" ({interval(best)})" if best.interval else "")
-        if tied := [each.name for each, found in others if level(best, found)]:
-            words += f"; intervals overlap with {', '.join(tied)}"
+        (winner, best), *others = ranked(contestants, steps)
+        words = f"{winner.name}, {distance(best)}" + (f" ({interval(best)})" if best.interval else "")
+        tied = [each.name for each, found in others if level(best, found)]
+        if tied:
+            more = f" and {len(tied) - 4} more" if len(tied) > 4 else ""
+            words += f"; not told apart from {', '.join(tied[:4])}{more}"
         lines.append((f"Best in {plural(steps, 'step')}", words if others else f"{words}; no other run was measured there"))
     for each in contestants:
         if each.is_teacher:
-            lines.append(("The teacher", f"{each.name}: {distance(each.best)} in {plural(each.best.steps, 'step')}"))
+            lines.append(("For comparison", f"{each.name}, {distance(each.best)} in {plural(each.best.steps, 'step')}"))
     return lines
 
 
@@ -138,11 +162,15 @@ def protocol(contestants: list[Contestant]) -> list[tuple[str, str]]:
     result = contestants[0].best.result
     reference, features = result["reference"], result["features"]
     said = f"{reference['path']}, {reference['count']} images" if "count" in reference else str(reference["path"])
-    lines = [("distance", "Fréchet distance, smaller is better; of n samples, the same n for all"), ("n", str(result["protocol"]["num"]))]
-    lines += [("features", f"{features['name']}: {features['protocol']}"), ("hash of the features", str(features["hash"]))]
+    lines = [("distance", "Fréchet distance of n samples to the reference"), ("n", str(result["protocol"]["num"]))]
+    lines += [("features", str(features["protocol"])), ("hash of the features", str(features["hash"]))]
     return lines + [("reference", said), ("hash of the reference", str(result["protocol"]["reference"]))]
 
 
+LEGEND = (
+    "Fréchet distance to the reference, smaller is better; with it its interval, evaluations of the network a sample, and the "
+    "share that a classifier reads as what they should be, where there is one. Runs are in the order of their best distance."
+)
 INTERVALS = (
     "Intervals are of 95 %, by resampling the generated set: what another n samples of the same network would give, with this "
     "reference. They leave out what another training seed would give. Where two overlap, the order of the two is not settled."

@@ -3,9 +3,9 @@
 Efron and Tibshirani, An introduction to the bootstrap, 1993, chapters 10 (bias) and 13 (percentiles).
 
 A resample holds only about 63 % of the samples, some several times, so its distance lies above that of the set by about as
-much as that of the set, of n samples, lies above that of endless ones: ``b = mean of the resamples - value``, of order d / n. The
-percentiles of the resamples would therefore often lie above the value itself. They are moved down by ``b``, which leaves the
-spread of the resamples as it is, about the value.
+much as that of the set, of n samples, lies above that of endless ones: ``b = mean of the resamples - value``, of order
+``d / n``. The percentiles of the resamples would therefore often lie above the value itself. They are moved down by ``b``,
+which leaves the spread of the resamples as it is, about the value.
 """
 
 from __future__ import annotations
