@@ -14,6 +14,7 @@ from forked import on_processes
 from guided_run import train, write_teacher
 from script import load_script
 
+from distill import cli
 from distill.metrics.image_sets import hash_of_images, read_set
 from distill.sample_folders import job
 from distill.sample_folders.formats import Pictures
@@ -144,7 +145,8 @@ def test_a_run_that_is_trained_further_is_another_source(teacher: Path, tmp_path
     words = ["--run", run, "--num", 3, "--guidance", 2, "--device", "cpu", "--out", out]
     sample.main([str(word) for word in words])
     before = content(out)
-    train(run, teacher, guidance_range=[1.0, 5.0], steps=3)
+    further = ["--ckpt_path=last", "--trainer.max_steps=3", f"--trainer.default_root_dir={run}"]
+    cli.main(["fit", "--config", str(run.with_suffix(".yaml")), *further])
     said = refused(capsys, sample.main, [str(word) for word in words])
     assert "batches_trained is 2 there, 3 here" in said and content(out) == before
     sample.main([str(word) for word in (*words, "--overwrite")])

@@ -92,7 +92,7 @@ class SampleJob:
         """Whether the folder holds this set. Raises Refusal if it holds another one, or a part of one."""
         remedy = "give another --out, or --overwrite to begin anew"
         finished = (self.out / SETTINGS).is_file()
-        there = _read(self.out / SETTINGS, remedy) if finished else self.parts.settings()
+        there = _read(self.out / SETTINGS) if finished else self.parts.settings()
         if there is None:
             if files := [file for kind in FORMATS.values() for file in kind.files(self.out)]:
                 raise Refusal(f"--out {self.out}: holds {files[0].name}, and no {SETTINGS} says of what; give another --out")
@@ -159,12 +159,12 @@ class SampleJob:
         self.parts.remove()
 
 
-def _read(file: Path, remedy: str) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
     """The content of ``samples.json``. Raises Refusal."""
     try:
         return dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise Refusal(f"{file}: cannot be read ({error}); {remedy}") from error
+        raise Refusal(f"{file}: cannot be read ({error}); give another --out") from error
 
 
 def clear(out: Path) -> None:

@@ -49,7 +49,7 @@ class Parts:
         try:
             return dict(json.loads((self.folder / RECORD).read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise Refusal(f"{self.folder}: its {RECORD} cannot be read ({error}); give --overwrite") from error
+            raise Refusal(f"{self.folder}: its {RECORD} cannot be read ({error}); give another --out") from error
 
     def open(self, settings: dict[str, Any]) -> None:
         """Makes the folder for batches of these settings; what a killed process left unfinished is removed."""
