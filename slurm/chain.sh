@@ -38,7 +38,7 @@ submit() { # NAME, then options and words: a job after the one before
     fi
     export CONFIG
     submit train ${TRAIN_SBATCH:-} slurm/train.sbatch ${TRAIN_WORDS:-}
-    submit sample ${EVALUATE_SBATCH:-} slurm/sample.sbatch ${SAMPLE_WORDS:-}
+    submit sample ${EVALUATE_SBATCH:-} slurm/sample.sbatch --overwrite ${SAMPLE_WORDS:-} # trained anew, sampled anew
     submit fid ${EVALUATE_SBATCH:-} slurm/fid.sbatch ${FID_WORDS:-}
 }
 echo "the result will be $SAMPLES/fid.json"

@@ -3,7 +3,7 @@
     python tools/fid.py --samples samples/cd --reference digits --features pixels --out samples/cd/fid.json
     python tools/fid.py --samples samples/sd15 --reference data/coco --features clean=weights/inception-2015-12-05.pt \\
         --metrics frechet kid precision recall --num 30000
-    torchrun --nproc-per-node 8 tools/fid.py ...          # or srun: the same figures
+    torchrun --nproc-per-node 8 -- tools/fid.py ...       # or srun: the same figures
 
 A set is an .npz file (``arr_0`` uint8 images n,h,w,c; optional ``arr_1`` labels), a folder with ``samples.npz``, pictures or
 shards, a run or its samples folder (whose ``samples.json`` is checked and copied into the result), shards

@@ -38,7 +38,7 @@ def measure(config: Path, seed: int, arguments: argparse.Namespace) -> dict[int,
     figures = {}
     for steps in arguments.steps:
         samples = run / f"steps_{steps}"
-        drawn = ["--steps", str(steps), "--num", str(arguments.num), "--seed", "0", "--out", str(samples)]
+        drawn = ["--steps", str(steps), "--num", str(arguments.num), "--seed", "0", "--overwrite", "--out", str(samples)]
         call(arguments.threads, str(TOOLS / "sample.py"), "--run", str(run), *drawn, *arguments.sample)
         result = samples / "fid.json"
         compared = ["--samples", str(samples), "--reference", arguments.reference, "--features", "pixels", "--out", str(result)]

@@ -24,7 +24,9 @@ from distill.metrics.features import from_uint8
 from distill.metrics.image_sources import ArraySource, ImageSource, PictureSource, ShardSource
 from distill.metrics.processes import ALONE, Processes
 
-SETTINGS = "samples.json"
+SETTINGS, PARTS, PICTURES, LABELS = "samples.json", "parts", "images", "labels.json"
+"""In a folder of tools/sample.py: how the samples came about, those of a set that is not finished, and, of pictures, the folder
+and the labels."""
 BESIDE = ("grid.png",)
 """What tools/sample.py leaves beside samples that is none."""
 CHECKED = 256
@@ -105,6 +107,8 @@ def read_set(option: str, value: str, processes: Processes = ALONE, num: int | N
     if stated is not None and stated != found:
         raise Refusal(f"{option} {value}: {SETTINGS} says {stated} samples and there are {found}: {remedy}")
     images.count = found
+    if images.labels is not None and len(images.labels) != found:
+        raise Refusal(f"{option} {value}: has {len(images.labels)} labels of {found} images: {remedy}")
     if images.settings.get("sha256", images.sha256) != images.sha256:
         raise Refusal(f"{option} {value}: {SETTINGS} has the hash of other samples: {remedy}")
     if num is not None and num > found:
@@ -124,7 +128,7 @@ def open_set(option: str, value: str) -> ImageSet:
         path = path / "samples" if (path / "samples" / SETTINGS).is_file() else path
         settings = read_settings(option, path / SETTINGS)
         if not (path / "samples.npz").is_file():
-            return ImageSet(value, _folder(option, value, path, bool(settings)), settings)
+            return ImageSet(value, _folder(option, value, path, settings), settings)
         path = path / "samples.npz"
     elif path.name.endswith(".tar") or any(mark in value for mark in "{*"):
         try:
@@ -137,19 +141,37 @@ def open_set(option: str, value: str) -> ImageSet:
     return ImageSet(value, _arrays(option, value, path), settings)
 
 
-def _folder(option: str, value: str, path: Path, drawn: bool) -> ImageSource:
+def _folder(option: str, value: str, path: Path, settings: dict[str, Any]) -> ImageSource:
     """Shards or pictures of a folder without ``samples.npz``."""
+    drawn = bool(settings)
+    if not drawn and (path / PARTS / "settings.json").is_file():
+        raise Refusal(f"{option} {value}: its samples are not all drawn; start the same command of tools/sample.py again")
     if shards := sorted(str(file) for file in path.glob("*.tar")):
         try:
             return ShardSource(shards)
         except (ValueError, FileNotFoundError) as error:
             raise Refusal(f"{option} {value}: {error}") from error
     run = next((folder for folder in (path, path.parent) if (folder / "config.yaml").is_file()), None)
+    if settings.get("format") == "png":
+        return PictureSource(path / PICTURES, (), _listed_labels(option, value, path / LABELS))
     pictures = PictureSource(path, BESIDE if drawn else ())
     if len(pictures) and (drawn or run is None):
         return pictures
     remedy = f"draw them by tools/sample.py --run {run} --out {path}" if run else "give a folder with images"
     raise Refusal(f"{option} {value}: there is no file {path / 'samples.npz'}, nor pictures or shards of samples; {remedy}")
+
+
+def _listed_labels(option: str, value: str, path: Path) -> numpy.ndarray | None:
+    """The labels of numbered pictures, a JSON list; None if there is none. Raises Refusal."""
+    if not path.is_file():
+        return None
+    try:
+        labels = numpy.array(json.loads(path.read_text()))
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise ValueError(f"{labels.dtype} of shape {labels.shape}")
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{option} {value}: {path} is no list of whole numbers ({error}); sample again, or remove it") from error
+    return labels
 
 
 def read_settings(option: str, path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy
 
 from datamodules.kept_indices import read_index
 from datamodules.pictures import PICTURES
+from datamodules.shards import OpenFiles
 from datamodules.streams.decoding import FORMATS, LARGEST_MAX_PIXELS, decode_picture
 from datamodules.streams.patterns import expand
 from datamodules.streams.rejects import Reject
@@ -21,13 +23,12 @@ Pixels = Any
 
 
 class ImageSource(ABC):
-    """Numbered images.
+    """Numbered images."""
 
-    Attributes:
-        labels: whole numbers ``(n,)``, or None.
-    """
-
-    labels: numpy.ndarray | None = None
+    @property
+    def labels(self) -> numpy.ndarray | None:
+        """Whole numbers ``(n,)``, or None."""
+        return None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -46,7 +47,11 @@ class ArraySource(ImageSource):
     """Images of an array ``(n, h, w, c)``, uint8."""
 
     def __init__(self, images: numpy.ndarray, labels: numpy.ndarray | None = None):
-        self.images, self.labels = images, labels
+        self.images, self._labels = images, labels
+
+    @property
+    def labels(self) -> numpy.ndarray | None:
+        return self._labels
 
     def __len__(self) -> int:
         return len(self.images)
@@ -78,12 +83,18 @@ class PictureSource(EncodedSource):
     Args:
         folder: the folder.
         leave_out: names of pictures in it that are no members of the set.
+        labels: theirs, in their order.
     """
 
-    def __init__(self, folder: Path, leave_out: Sequence[str] = ()):
+    def __init__(self, folder: Path, leave_out: Sequence[str] = (), labels: numpy.ndarray | None = None):
         endings = set(PICTURES) - {".bmp"}
         found = (file for file in folder.rglob("*") if file.suffix.lower() in endings)
         self.files = sorted(file for file in found if str(file.relative_to(folder)) not in leave_out)
+        self._labels = labels
+
+    @property
+    def labels(self) -> numpy.ndarray | None:
+        return self._labels
 
     def __len__(self) -> int:
         return len(self.files)
@@ -98,6 +109,8 @@ class PictureSource(EncodedSource):
 class ShardSource(EncodedSource):
     """The pictures of WebDataset shards, plain tars in files, in the order of the tars: one of each sample.
 
+    Labels are those of ``cls``, if all samples have one. They are read when they are asked for.
+
     Args:
         patterns: as of `datamodules.webdataset.WebDatasetDataModule`.
 
@@ -106,7 +119,7 @@ class ShardSource(EncodedSource):
     """
 
     def __init__(self, patterns: str | list[str]):
-        self.files, places = expand("shards", patterns), []
+        self.files, places, labels = expand("shards", patterns), [], []
         for number, file in enumerate(self.files):
             index = read_index(file)
             if index.problems:
@@ -119,7 +132,17 @@ class ShardSource(EncodedSource):
                 raise ValueError(f"{file}: sample {index.keys[bare[0]]} holds no picture ({', '.join(FORMATS)}); give images")
             first = numpy.take_along_axis(pictures, (pictures[:, :, :1] >= 0).argmax(1)[:, None], 1)[:, 0]
             places.append(numpy.column_stack([numpy.full(len(first), number), first]))
-        self.places = numpy.concatenate(places)
+            own = index.places[:, index.names.index("cls")] if "cls" in index.names else numpy.full((len(first), 2), -1)
+            labels.append(numpy.column_stack([numpy.full(len(first), number), own]))
+        self.places, self._label_places = numpy.concatenate(places), numpy.concatenate(labels)
+
+    @cached_property
+    def labels(self) -> numpy.ndarray | None:  # type: ignore[override]
+        if (self._label_places[:, 1] < 0).any():
+            return None
+        files = OpenFiles()
+        texts = [files.read(Path(self.files[file]), start, size) for file, start, size in self._label_places.tolist()]
+        return numpy.array(texts, dtype="S").astype(numpy.int64) if all(text.isdigit() for text in texts) else None
 
     def __len__(self) -> int:
         return len(self.places)
