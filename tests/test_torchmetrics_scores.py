@@ -138,7 +138,6 @@ def test_full_precision_within_autocast():
 
 def test_copies_share_weights_and_scores_are_no_distances(tmp_path):
     features = ClassifierFeatures(str(tiny_features.classifier(tmp_path)))
-    images = tiny_features.images(8, 1, 8, 8)
     metric = TorchmetricsFID(features, 12)
     copied = copy.deepcopy(metric)
     assert not list(metric.parameters())

@@ -41,6 +41,10 @@ class ImageSource(ABC):
         """What a message calls an image."""
         return f"image {number}"
 
+    def text(self, number: int) -> str | None:
+        """The text that lies beside an image, or None."""
+        return None
+
 
 class ArraySource(ImageSource):
     """Images of an array ``(n, h, w, c)``, uint8."""
@@ -91,6 +95,10 @@ class PictureSource(EncodedSource):
     def name(self, number: int) -> str:
         return str(self.files[number])
 
+    def text(self, number: int) -> str | None:
+        file = self.files[number].with_suffix(".txt")
+        return file.read_text().strip() if file.is_file() else None
+
     def encoded(self, number: int) -> bytes:
         return self.files[number].read_bytes()
 
@@ -118,7 +126,8 @@ class ShardSource(EncodedSource):
             if len(bare):
                 raise ValueError(f"{file}: sample {index.keys[bare[0]]} holds no picture ({', '.join(FORMATS)}); give images")
             first = numpy.take_along_axis(pictures, (pictures[:, :, :1] >= 0).argmax(1)[:, None], 1)[:, 0]
-            places.append(numpy.column_stack([numpy.full(len(first), number), first]))
+            texts = index.places[:, index.names.index("txt")] if "txt" in index.names else numpy.full_like(first, -1)
+            places.append(numpy.column_stack([numpy.full(len(first), number), first, texts]))
         self.places = numpy.concatenate(places)
 
     def __len__(self) -> int:
@@ -128,8 +137,17 @@ class ShardSource(EncodedSource):
         return f"{self.files[self.places[number, 0]]}, sample {number} of the set"
 
     def encoded(self, number: int) -> bytes:
-        file, offset, size = self.places[number].tolist()
-        with open(self.files[file], "rb") as shard:
+        return self._member(number, 1)
+
+    def text(self, number: int) -> str | None:
+        if self.places[number, 3] < 0:
+            return None
+        return self._member(number, 3).decode().strip()
+
+    def _member(self, number: int, column: int) -> bytes:
+        """The bytes whose place is in a column, and their number in the next."""
+        offset, size = self.places[number, column : column + 2].tolist()
+        with open(self.files[self.places[number, 0]], "rb") as shard:
             shard.seek(offset)
             return shard.read(size)
 

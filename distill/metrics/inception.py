@@ -77,7 +77,8 @@ class LegacyFeatures(nn.Module, FeatureExtractor):
     def __init__(self, path: str, output: str = FEATURES):
         super().__init__()
         if not (file := Path(path)).is_file():
-            raise FileNotFoundError(f"path={path!r}: there is no such file; save {STATE_URL} (a state dict) there, or give another.")
+            wanted = f"save {STATE_URL} (a state dict) there, or give another"
+            raise FileNotFoundError(f"path={path!r}: there is no such file; {wanted}.")
         self.network = Frozen(load_torch_fidelity(path, output))
         self.identity = {"path": path, "sha256": hub.content_hash(file.parent, [file.name])}
         self.protocol = (

@@ -17,8 +17,10 @@ from distill.metrics.neighbours import neighbours
 from distill.metrics.processes import Processes
 
 K_PRECISION, K_DENSITY, SPLITS = 3, 5, 10
-METRICS = ("frechet", "kid", "precision", "recall", "density", "coverage", "inception_score")
-OF_ROWS = set(METRICS) - {"frechet", "inception_score"}
+METRICS = ("frechet", "kid", "precision", "recall", "density", "coverage", "inception_score", "clip_score")
+WITHOUT_REFERENCE = {"inception_score", "clip_score"}
+"""Metrics of the samples alone, of other features than those that are compared."""
+OF_ROWS = set(METRICS) - {"frechet", *WITHOUT_REFERENCE}
 """Metrics that need the features of each image, of both sets."""
 NEIGHBOURS = ("precision", "recall", "density", "coverage")
 
@@ -97,7 +99,7 @@ def compute(
     """Each metric's ``value``, its ``std`` over parts where it is a mean of them, and ``settings``; on process 0, else nothing.
 
     Args:
-        metrics: of `METRICS`.
+        metrics: of `METRICS`; a CLIP score, which needs prompts, is left to `distill.metrics.clip_score`.
         samples: with rows, if a metric is of `OF_ROWS`.
         reference: likewise.
         logits: of the samples, for the Inception score.
@@ -113,7 +115,7 @@ def compute(
     if sampling.processes.rank:
         return {}
     results: dict[str, dict[str, Any]] = {}
-    for metric in metrics:
+    for metric in [metric for metric in metrics if metric != "clip_score"]:
         results[metric] = {"settings": sampling.settings(metric)}
         if metric == "frechet":
             results[metric]["value"] = samples.statistics.distance(reference.statistics)
