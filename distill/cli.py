@@ -38,6 +38,7 @@ from distill.callbacks.random_state import RandomState
 from distill.callbacks.run_record import RunRecord
 from distill.callbacks.sample_grid import SampleGrid
 from distill.callbacks.step_progress import StepProgressBar
+from distill.callbacks.steps_curve import StepsCurve
 from distill.callbacks.throughput import Throughput
 from distill.callbacks.training_cost import TrainingCost
 from distill.checkpoints import AtomicCheckpointIO, RunCheckpoint, checkpoint_folder, find_checkpoint, read_checkpoint
@@ -151,6 +152,7 @@ class DistillCLI(LightningCLI):
         """Adds the callbacks that every run has."""
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(SampleGrid, "sample_grid")
+        parser.add_lightning_class_args(StepsCurve, "steps_curve")
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(MemoryPlan, "plan")
         parser.add_argument("--process_group_timeout", type=PositiveFloat, default=600.0, help=TIMEOUT_HELP)

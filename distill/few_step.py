@@ -52,6 +52,9 @@ class FewStepSampler(Sampler):
         """Number of times: the most steps that a student can be sampled in."""
         return len(self.times or self.sigmas or [])
 
+    def takes(self, steps: int) -> bool:
+        return 1 <= steps <= len(self)
+
     def settings(self) -> dict[str, Any]:
         """What a checkpoint keeps: the constructor's arguments."""
         return {"times": self.times, "sigmas": self.sigmas, "start": self.start}
@@ -100,7 +103,7 @@ class FewStepSampler(Sampler):
     def __call__(
         self, denoiser: Denoiser, noise: Sample, cond: Cond, steps: int, fresh: FreshNoise = torch.randn_like
     ) -> Sample:
-        if not 1 <= steps <= len(self):
+        if not self.takes(steps):
             raise ValueError(f"steps={steps}: this student was trained for {len(self)} of them at most; give no more.")
         refuse_own_noise(self, denoiser)
         denoiser = denoiser.trajectory(fresh)

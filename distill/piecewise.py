@@ -155,10 +155,13 @@ class PiecewiseSampler(Sampler):
         """What a checkpoint keeps: the constructor's arguments."""
         return dict(vars(self.flow))
 
+    def takes(self, steps: int) -> bool:
+        return steps >= self.flow.windows
+
     def times(self, schedule: NoiseSchedule, steps: int) -> Time:
         """The ends of the steps, ``(steps + 1,)`` float64, decreasing. Raises ValueError for fewer steps than windows."""
         windows = self.flow.windows
-        if steps < windows:
+        if not self.takes(steps):
             raise ValueError(f"steps={steps}: the flow has {windows} windows, each takes a step; give at least {windows}.")
         edges, parts = self.flow.edges(schedule), []
         for number in range(windows):

@@ -26,6 +26,10 @@ class Sampler(ABC):
     ) -> Sample:
         """``x0`` ``(b, *shape)`` from unit ``noise`` in ``steps`` >= 1 steps; ``fresh`` supplies any further noise."""
 
+    def takes(self, steps: int) -> bool:
+        """Whether it can sample in so many steps; calls with others raise ValueError."""
+        return steps >= 1
+
 
 def _all(time: Tensor, x: Sample) -> Time:
     """A scalar time of the CPU for the whole batch, filled in on the device: copied to it, the device would be waited for."""

@@ -6,6 +6,7 @@ import csv
 import json
 import random
 import sys
+from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from pytorch_lightning import LightningModule, Trainer
+from tiny import TinyNetwork
 from tiny_run import write_recipe
 
 from distill import cli
@@ -22,6 +24,12 @@ from distill.callbacks.random_state import RandomState
 from distill.callbacks.sample_grid import SampleGrid, draw_grid, save_grid
 from distill.callbacks.step_progress import StepProgressBar
 from distill.checkpoints import read_checkpoint
+from distill.denoiser import NetworkDenoiser
+from distill.few_step import FewStepSampler
+from distill.grids import UniformGrid
+from distill.piecewise import PiecewiseSampler
+from distill.samplers import RenoiseSampler, Sampler
+from distill.schedules import RectifiedFlow
 from distill.types import Batch
 
 CPU = torch.device("cpu")
@@ -208,6 +216,7 @@ class FakeMethod:
     def __init__(self, has_teacher: bool):
         self.has_teacher, self.device, self.drawn = has_teacher, CPU, []
         self.evaluation = SimpleNamespace(steps=[1, 4], teacher_steps=32, seed=7)
+        self.student_sampler: Sampler = FewStepSampler(sigmas=[2.0, 1.0])
 
     def prepare(self, batch):
         return batch
@@ -224,15 +233,32 @@ def test_the_same_seeds_for_student_and_teacher_and_the_teacher_once(has_teacher
     trainer = FakeTrainer(datamodule=SimpleNamespace(**examples))
     blocks = [callback.blocks(trainer, method, 3) for _ in range(2)]
     teacher = ["teacher, steps: 32"] if has_teacher else []
-    assert [list(block) for block in blocks] == [["student, steps: 1", "student, steps: 4", *teacher]] * 2
-    assert [(source, steps) for source, steps, *_ in method.drawn] == [
-        ("ema", 1),
-        ("ema", 4),
-        *([("teacher", 32)] if has_teacher else []),
-        ("ema", 1),
-        ("ema", 4),
-    ]
+    students = [("ema", 1), ("ema", 2), ("ema", 4)]
+    assert [list(block) for block in blocks] == [[f"student, steps: {steps}" for _, steps in students] + teacher] * 2
+    drawn = [*students, *([("teacher", 32)] if has_teacher else []), *students]
+    assert [(source, steps) for source, steps, *_ in method.drawn] == drawn
     assert all(rest == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2]] for _, _, *rest in method.drawn)
+
+
+@pytest.mark.parametrize(
+    "sampler, taken",
+    [
+        (FewStepSampler(sigmas=[2.0, 1.0]), [1, 2]),
+        (PiecewiseSampler(4), [4, 8]),
+        (RenoiseSampler(UniformGrid(), {2: [0.9, 0.4]}), [1, 2, 4, 8]),
+    ],
+    ids=["at most", "at least", "any"],
+)
+def test_steps_are_compared_that_the_sampler_does_not_refuse(sampler, taken):
+    denoiser, drawn = NetworkDenoiser(TinyNetwork(), RectifiedFlow()).eval(), []
+    for steps in (1, 2, 4, 8):
+        with suppress(ValueError):
+            drawn.append((steps, sampler(denoiser, torch.zeros(1, 1, 8, 8), {"labels": torch.zeros(1).long()}, steps))[0])
+    method = FakeMethod(False)
+    method.student_sampler, method.evaluation.steps = sampler, [3]
+    trainer = FakeTrainer(datamodule=SimpleNamespace(examples=lambda count: Batch(None, {"labels": torch.zeros(count)}, {})))
+    assert list(SampleGrid(lines=1).blocks(trainer, method, 1)) == [f"student, steps: {n}" for n in sorted([*drawn, 3])]
+    assert drawn == taken
 
 
 # -------------------------------------------------------------------------------------------- loggers, progress, record

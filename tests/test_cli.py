@@ -81,6 +81,7 @@ WRONG = [
     (["--checkpoint.every_n_steps=0"], "checkpoint.every_n_steps=", "0", "give a positive number"),
     (["--checkpoint.mode=least"], "checkpoint.mode=", "least", "give 'min'"),
     (["--sample_grid.lines=0"], "sample_grid.lines=", "0", "give a positive number"),
+    (["--sample_grid.comparison_steps=[1,0]"], "sample_grid.comparison_steps=", "0", "give a positive number"),
     (["--throughput.peak_tflops=0"], "throughput.peak_tflops=", "0", "give a positive number"),
     (["--seed_everything=x"], "seed_everything=", "x", "give bool or int"),
     (["--ckpt_path=/none.ckpt"], "ckpt_path=", "/none.ckpt", "there are: none"),

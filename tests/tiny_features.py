@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from unittest.mock import patch
 
+import tiny_text
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +51,26 @@ def clip(folder: Path) -> Path:
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = {**small, "image_size": 16, "patch_size": 8}
     CLIPModel(CLIPConfig(text_config=small, vision_config=vision, projection_dim=6)).save_pretrained(folder / "clip")
+    return folder / "clip"
+
+
+def clip_with_words(folder: Path) -> Path:
+    """A whole CLIP for 16x16 pixels that reads `tiny_text`'s words, with its tokenizer: prompts of up to 16 tokens."""
+    from transformers import CLIPConfig, CLIPModel
+
+    words = tiny_text.clip_tokenizer(folder, "clip")
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
+    text = {**small, **ends, "vocab_size": len(words), "max_position_embeddings": tiny_text.CLIP_LENGTH}
+    vision = {**small, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(5)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=6))
+    for seed, size in ((None, 0.1), (2, 0.3)):  # by which some cosines are positive, some negative
+        if seed is not None:
+            torch.manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.data += size * torch.randn_like(parameter)
+    model.save_pretrained(folder / "clip")
     return folder / "clip"
 
 

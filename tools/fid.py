@@ -1,6 +1,7 @@
 """How far a set of images is from another, as JSON with everything that is needed to compare it with other figures.
 
     python tools/fid.py --samples samples/cd --reference digits --features pixels --out samples/cd/fid.json
+    python tools/fid.py --samples samples/lcm --reference data/coco --metrics clip_score --clip weights/clip-vit-base-patch16
     python tools/fid.py --samples samples/sd15 --reference data/coco --features clean=weights/inception-2015-12-05.pt \\
         --metrics frechet kid precision recall --num 30000
     torchrun --nproc-per-node 8 -- tools/fid.py ...       # or srun: the same figures
@@ -15,6 +16,9 @@ Features: ``pixels``; ``classifier`` (configs/digits/classifier.yaml); ``clean``
 torch-fidelity; ``dinov2``; ``clip``. ``NAME=PATH`` or ``PATH`` alone name other weights. Nothing is downloaded. Labelled 8x8x1
 samples are also read by a classifier of digits, which gives ``accuracy``. ``--bootstrap 1000`` adds a 95 % interval of the
 Fréchet distance: what other samples of the same network would give (distill/metrics/bootstrap.py).
+
+``clip_score`` is 100 max(cos, 0) of each image and its prompt: those of ``samples.json`` in turn, or the ``.txt`` beside each
+picture. Alone, it takes images of any size, and the reference is only recorded.
 """
 
 from __future__ import annotations
@@ -31,12 +35,23 @@ import numpy
 import torch
 
 from distill.metrics.bootstrap import FEWEST
+from distill.metrics.clip_score import ClipScorer, clip_score, read_prompts
 from distill.metrics.digits import read_digits
 from distill.metrics.extractors import KINDS, find_extractor, make_extractor
 from distill.metrics.features import FeatureExtractor, from_uint8
 from distill.metrics.frechet import GaussianStatistics
 from distill.metrics.image_sets import ImageSet, Refusal, read_set
-from distill.metrics.measuring import METRICS, OF_ROWS, Measured, Sampling, compute, measure_set, measured_protocol, unequal
+from distill.metrics.measuring import (
+    METRICS,
+    OF_ROWS,
+    WITHOUT_REFERENCE,
+    Measured,
+    Sampling,
+    compute,
+    measure_set,
+    measured_protocol,
+    unequal,
+)
 from distill.metrics.processes import ALONE, Processes, joined, own_device
 from distill.metrics.statistics_files import (
     cache_file,
@@ -109,6 +124,17 @@ def make(options: argparse.Namespace, logits: bool = False) -> FeatureExtractor:
         raise Refusal(f"--features {error}") from error
 
 
+def make_scorer(options: argparse.Namespace) -> ClipScorer | None:
+    """What a CLIP score is computed by, if one is asked for. Raises Refusal."""
+    if "clip_score" not in options.metrics:
+        return None
+    wanted = "clip" if options.clip == "clip" else f"clip={options.clip.removeprefix('clip=')}"
+    try:
+        return ClipScorer(find_extractor(wanted)[1])
+    except (ValueError, FileNotFoundError) as error:
+        raise Refusal(f"--clip {error}") from error
+
+
 def statistics_of_reference(options: argparse.Namespace, features: FeatureExtractor) -> tuple[Measured, dict[str, Any]] | None:
     """Statistics that ``--reference`` names, and what a result says of them; None if it names images. Raises Refusal."""
     value = options.reference
@@ -133,7 +159,9 @@ def statistics_of_reference(options: argparse.Namespace, features: FeatureExtrac
 def measure_reference(
     options: argparse.Namespace, images: ImageSet, features: FeatureExtractor, sampling: Sampling
 ) -> tuple[Measured, bool]:
-    """The reference, and whether its statistics were kept from an earlier call."""
+    """The reference, and whether its statistics were kept from an earlier call; nothing of it where no metric reads it."""
+    if not set(options.metrics) - WITHOUT_REFERENCE:
+        return Measured(GaussianStatistics()), False
     rows, processes = bool(set(options.metrics) & OF_ROWS), sampling.processes
     file = cache_file(options.cache or default_cache(), images.sha256, features.hash)
     with writable(f"--cache {file.parent}", "folder"):
@@ -148,6 +176,15 @@ def measure_reference(
     return measured, False
 
 
+def measure_samples(
+    options: argparse.Namespace, images: ImageSet, features: FeatureExtractor, sampling: Sampling
+) -> Measured:
+    """The samples; nothing of them where no metric compares them."""
+    if not set(options.metrics) - WITHOUT_REFERENCE:
+        return Measured(GaussianStatistics())
+    return measure_set(images, features, sampling, with_rows=bool(set(options.metrics) & OF_ROWS) or options.bootstrap > 0)
+
+
 def evaluate(options: argparse.Namespace, processes: Processes = ALONE) -> dict[str, Any]:
     """Reads, measures, and says by what protocol. Raises Refusal."""
     name, other = check(options)
@@ -156,19 +193,20 @@ def evaluate(options: argparse.Namespace, processes: Processes = ALONE) -> dict[
     drawn = {key: getattr(options, key) for key in keys}
     sampling = Sampling(**drawn, device=own_device(options.device), processes=processes)
     logits = make(options, logits=True) if "inception_score" in options.metrics else None
+    scorer, compared_sets = make_scorer(options), bool(set(options.metrics) - WITHOUT_REFERENCE)
     stated = statistics_of_reference(options, features)
     samples = read_set("--samples", options.samples, processes, options.num)
+    prompts = read_prompts("--samples", samples) if scorer is not None else []
     if stated is None:
         images = read_set("--reference", options.reference, processes)
-        if samples.shape != images.shape and name in ("pixels", "classifier"):
+        if compared_sets and samples.shape != images.shape and name in ("pixels", "classifier"):
             sizes = f"its images are {samples.shape} (h, w, c), those of --reference {images.shape}"
             raise Refusal(f"--samples {samples.path}: {sizes}; compare images of one size")
         (reference, was_kept), described = measure_reference(options, images, features, sampling), images.describe()
     else:
         (reference, described), was_kept = stated, False
-    with_rows = bool(set(options.metrics) & OF_ROWS) or options.bootstrap > 0
-    measured = measure_set(samples, features, sampling, with_rows)
-    if processes.rank == 0 and reference.statistics.total.shape != measured.statistics.total.shape:
+    measured = measure_samples(options, samples, features, sampling)
+    if compared_sets and processes.rank == 0 and reference.statistics.total.shape != measured.statistics.total.shape:
         widths = [statistics.total.numel() for statistics in (measured.statistics, reference.statistics)]
         found = f"has {widths[1]} features, the samples {widths[0]}"
         raise Refusal(f"--reference {options.reference}: {found}; give images of one kind")
@@ -177,8 +215,11 @@ def evaluate(options: argparse.Namespace, processes: Processes = ALONE) -> dict[
         metrics = compute(options.metrics, measured, reference, scored, sampling)
     except ValueError as error:
         raise Refusal(f"--samples {samples.path}: {error}") from error
+    if scorer is not None:
+        metrics["clip_score"] = clip_score(samples, prompts, scorer, sampling.batch_size, sampling.device, processes)
     protocol = measured_protocol(features.protocol, described["sha256"], samples.count, metrics)
-    result = describe(features, samples, described | {"kept": was_kept}, metrics, protocol, KINDS[name].packages)
+    packages = {*KINDS[name].packages, *(() if scorer is None else KINDS["clip"].packages)}
+    result = describe(features, samples, described | {"kept": was_kept}, metrics, protocol, tuple(sorted(packages)))
     return result | (compared(options.compare_to, other, result) if other is not None and processes.rank == 0 else {})
 
 
@@ -239,6 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--samples", required=True, help="the images to measure: .npz, a folder, shards, or digits")
     add("--reference", required=True, help="the images to measure them against, likewise, or statistics")
     add("--features", default="pixels", help=f"what is compared: {', '.join(KINDS)}, NAME=PATH or PATH (default pixels)")
+    add("--clip", default="clip", help=f"folder of the CLIP score's towers, or clip=PATH (default {KINDS['clip'].path})")
     add("--metrics", nargs="+", default=["frechet"], help=f"some of: {', '.join(METRICS)} (default frechet)")
     add("--num", type=int, help="how many samples count, the first ones; fewer are refused (default all)")
     add("--batch-size", type=int, default=128, help="images at once")

@@ -1,4 +1,4 @@
-"""Sample grids: the EMA student at each step count beside its teacher, from the same seeds, as PNG and in TensorBoard."""
+"""Sample grids: the EMA student at several step counts beside its teacher, from the same seeds, as PNG and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -63,23 +63,25 @@ def save_grid(rows: dict[str, Tensor], path: str | Path, columns: int = 10) -> N
 class SampleGrid(Callback):
     """At each end of validation, rank zero draws the same seeds from the EMA student, and the teacher once for comparison.
 
-    Writes ``RUN/samples/step_00001000.png``: a block for each of ``evaluation.steps``, one for the teacher at
-    ``evaluation.teacher_steps``, and a column a class.
+    Writes ``RUN/samples/step_00001000.png``: a block for each of ``evaluation.steps`` and of ``comparison_steps``, one for the
+    teacher at ``evaluation.teacher_steps``, and a column a class.
 
     Args:
         lines: lines of samples a block.
         columns: samples a line where there are no classes; with classes, a line has one sample of each, at most this many.
             Conditions are those of the data module's ``examples``.
+        comparison_steps: numbers of steps at which the student is drawn beside those of the evaluation, so that the grids of
+            all recipes compare; those that a student's sampler does not take are left out.
 
     Raises:
         ValueError: a count below 1.
     """
 
-    def __init__(self, lines: int = 4, columns: int = 10):
-        for name, value in {"lines": lines, "columns": columns}.items():
+    def __init__(self, lines: int = 4, columns: int = 10, comparison_steps: tuple[int, ...] = (1, 2, 4, 8)):
+        for name, value in {"lines": lines, "columns": columns, "comparison_steps": min(comparison_steps, default=1)}.items():
             if value < 1:
                 raise ValueError(f"{name}={value}: give a positive number.")
-        self.lines, self.columns = lines, columns
+        self.lines, self.columns, self.comparison_steps = lines, columns, comparison_steps
         self.teacher_block: dict[str, Tensor] | None = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -98,7 +100,7 @@ class SampleGrid(Callback):
         sheet = draw_grid(blocks, columns)
         step = trainer.global_step
         save_sheet(sheet, Path(trainer.default_root_dir) / "samples" / f"step_{step:08d}.png")
-        self.log_image(trainer, sheet, step)
+        log_image(trainer, "samples", sheet, step)
 
     def blocks(self, trainer: Trainer, method: Any, columns: int) -> dict[str, Tensor]:
         """Samples ``(lines * columns, c, h, w)`` by label: the student at each number of steps, then the teacher."""
@@ -109,15 +111,17 @@ class SampleGrid(Callback):
         def draw(steps: int, source: str) -> Tensor:
             return method.draw_pixels(steps, range(count), ready, source).cpu()
 
-        rows = {f"student, steps: {steps}": draw(steps, "ema") for steps in evaluation.steps}
+        compared = (steps for steps in self.comparison_steps if method.student_sampler.takes(steps))
+        rows = {f"student, steps: {n}": draw(n, "ema") for n in sorted({*evaluation.steps, *compared})}
         if self.teacher_block is None:
             steps = evaluation.teacher_steps
             self.teacher_block = {f"teacher, steps: {steps}": draw(steps, "teacher")} if method.has_teacher else {}
         return rows | self.teacher_block
 
-    def log_image(self, trainer: Trainer, sheet: Any, step: int) -> None:
-        """Adds the sheet to every logger that writes TensorBoard events."""
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                pixels = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8).view(sheet.height, sheet.width, 3)
-                logger.experiment.add_image("samples", pixels, step, dataformats="HWC")
+
+def log_image(trainer: Trainer, name: str, sheet: Any, step: int) -> None:
+    """Adds an RGB PIL image to every logger that writes TensorBoard events."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            pixels = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8).view(sheet.height, sheet.width, 3)
+            logger.experiment.add_image(name, pixels, step, dataformats="HWC")

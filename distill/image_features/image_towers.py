@@ -39,7 +39,7 @@ class ClipFeatures(PretrainedFeatures):
 
     def __init__(self, path: str, revision: str | None = None, allow_pickle: bool = False):
         folder = self.locate(path, revision, allow_pickle)
-        model = _load_tower(path, folder, CLIP, CLIP_ADVICE)
+        model = load_tower(path, folder, CLIP, CLIP_ADVICE)
         size = model.vision_model.config.image_size
         preprocessing = Preprocessing(3, size, "bicubic", antialias=True, mean=CLIP_MEAN, std=CLIP_STD)
         # of a whole CLIP, the text tower is left out
@@ -74,7 +74,7 @@ class DinoFeatures(PretrainedFeatures):
 
     def __init__(self, path: str, revision: str | None = None, allow_pickle: bool = False, size: int = 224):
         folder = self.locate(path, revision, allow_pickle)
-        tower = _load_tower(path, folder, DINO, DINO_ADVICE)
+        tower = load_tower(path, folder, DINO, DINO_ADVICE)
         if size < 1 or size % tower.config.patch_size:
             raise ValueError(f"size={size}: give a positive multiple of the patch, {tower.config.patch_size} pixels.")
         preprocessing = Preprocessing(3, size, "bicubic", antialias=True, mean=IMAGENET_MEAN, std=IMAGENET_STD)
@@ -100,8 +100,18 @@ def _identity(path: str, folder: Path) -> dict[str, str]:
     return hub.identity(path, folder, hub.component_files(folder, "", allow_pickle=True))
 
 
-def _load_tower(path: str, folder: Path, classes: dict[str, str], advice: str) -> Any:
-    """The model in float32, every weight of it read."""
+def load_tower(path: str, folder: Path, classes: dict[str, str], advice: str) -> Any:
+    """The model of transformers in a folder, in float32, every weight of it read.
+
+    Args:
+        path: as it was given, for messages.
+        folder: where it is.
+        classes: of transformers that will do, by ``model_type``.
+        advice: what else to give.
+
+    Raises:
+        ValueError: a model of another type; weights that are broken or not whole.
+    """
     import transformers
 
     found = hub.read_json(folder / "config.json").get("model_type")

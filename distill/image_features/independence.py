@@ -18,7 +18,7 @@ def is_independent(metric: Metric, features: Sequence[ImageFeatures]) -> bool:
     recognised, is no distance, and is not independent.
     """
     read: Any = getattr(metric, "features", None)
-    if read is None:
+    if not hasattr(read, "name"):  # torchmetrics' InceptionScore has logits of that name
         return False
     weights = (getattr(read, "identity", None) or {}).get("sha256")
     return all(read.name != own.name and weights != own.identity["sha256"] for own in features)

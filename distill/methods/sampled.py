@@ -156,9 +156,7 @@ class SampledModule(LightningModule, ABC):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if not any(len(metrics) for metrics in self.metrics.values()):
             return
-        if batch.x0 is None:
-            raise ValueError("evaluation.metrics compare with data, but the validation batches carry none: set them to [].")
-        real = self.to_pixels(batch.x0) if batch.encoded else batch.x0
+        real = self.real_pixels(batch)
         for steps, pixels in self.predict_step(batch, batch_idx).items():
             for name, metric in self.metrics[str(steps)].items():
                 metric.update(pixels, real, batch.cond)
@@ -169,10 +167,20 @@ class SampledModule(LightningModule, ABC):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[int, Tensor]:
         """Samples, as pixels, for the conditions of the batch, by number of steps."""
+        indices, ready = self.numbers(batch, batch_idx), self.prepare(replace(batch, x0=None))
+        return {n: self.draw_pixels(n, indices, ready) for n in self.evaluation.steps}
+
+    def numbers(self, batch: Batch, batch_idx: int) -> range:
+        """Numbers of the samples that are drawn for a batch of the evaluation: no two of any batch or rank are the same."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         first = (batch_idx * self.trainer.world_size + self.global_rank) * data.eval_batch_size
-        ready = self.prepare(replace(batch, x0=None))
-        return {n: self.draw_pixels(n, range(first, first + len(batch)), ready) for n in self.evaluation.steps}
+        return range(first, first + len(batch))
+
+    def real_pixels(self, batch: Batch) -> Tensor:
+        """The data of a batch as pixels in [-1, 1]. Raises ValueError if it carries none."""
+        if batch.x0 is None:
+            raise ValueError("evaluation.metrics compare with data, but the validation batches carry none: set them to [].")
+        return self.to_pixels(batch.x0) if batch.encoded else batch.x0
 
     def draw_pixels(self, steps: int, indices: Sequence[int], ready: Batch, source: str = "ema") -> Tensor:
         """`draw` for the conditions of a batch in model space and with the seed of the evaluation, as pixels."""

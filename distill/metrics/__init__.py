@@ -8,6 +8,7 @@ from distill.metrics.inception_score import InceptionScore, inception_score
 from distill.metrics.kernel_distance import KernelDistance, kernel_distance
 from distill.metrics.neighbours import Neighbours, neighbours
 from distill.metrics.processes import Processes, joined
+from distill.metrics.torchmetrics_scores import TorchmetricsFID, TorchmetricsInceptionScore, TorchmetricsKID
 
 __all__ = [
     "DigitsAccuracy",
@@ -20,6 +21,9 @@ __all__ = [
     "NetworkFeatures",
     "PixelFeatures",
     "Processes",
+    "TorchmetricsFID",
+    "TorchmetricsInceptionScore",
+    "TorchmetricsKID",
     "check_independent",
     "frechet_distance",
     "inception_score",

@@ -140,6 +140,7 @@ class FrechetDistance(Metric):
 
     Attributes:
         name: ``frechet_<name of the features>``.
+        protocol: of the features.
     """
 
     is_differentiable = False
@@ -150,7 +151,7 @@ class FrechetDistance(Metric):
         super().__init__()
         wrapped = NetworkFeatures(features) if isinstance(features, ImageFeatures) else features
         self.features = PixelFeatures() if wrapped is None else wrapped
-        self.name = f"frechet_{self.features.name}"
+        self.name, self.protocol = f"frechet_{self.features.name}", self.features.protocol
         for side in ("fake", "real"):
             empty = GaussianStatistics()
             self.add_state(f"{side}_count", empty.count, dist_reduce_fx="sum")

@@ -17,9 +17,12 @@ from datamodules.shards import OpenFiles
 from datamodules.streams.decoding import FORMATS, LARGEST_MAX_PIXELS, decode_picture
 from datamodules.streams.patterns import expand
 from datamodules.streams.rejects import Reject
+from datamodules.tar_index import TarIndex
 
 Pixels = Any
 """Bytes of one image, uint8 ``(h, w, c)``."""
+PICTURE, TEXT, LABEL = 1, 3, 5
+"""Columns of a shard's table in which the places of its members begin."""
 
 
 class ImageSource(ABC):
@@ -41,6 +44,10 @@ class ImageSource(ABC):
     def name(self, number: int) -> str:
         """What a message calls an image."""
         return f"image {number}"
+
+    def text(self, number: int) -> str | None:
+        """The text that lies beside an image, or None."""
+        return None
 
 
 class ArraySource(ImageSource):
@@ -102,6 +109,10 @@ class PictureSource(EncodedSource):
     def name(self, number: int) -> str:
         return str(self.files[number])
 
+    def text(self, number: int) -> str | None:
+        file = self.files[number].with_suffix(".txt")
+        return file.read_text().strip() if file.is_file() else None
+
     def encoded(self, number: int) -> bytes:
         return self.files[number].read_bytes()
 
@@ -119,7 +130,7 @@ class ShardSource(EncodedSource):
     """
 
     def __init__(self, patterns: str | list[str]):
-        self.files, places, labels = expand("shards", patterns), [], []
+        self.files, places = expand("shards", patterns), []
         for number, file in enumerate(self.files):
             index = read_index(file)
             if index.problems:
@@ -131,17 +142,20 @@ class ShardSource(EncodedSource):
             if len(bare):
                 raise ValueError(f"{file}: sample {index.keys[bare[0]]} holds no picture ({', '.join(FORMATS)}); give images")
             first = numpy.take_along_axis(pictures, (pictures[:, :, :1] >= 0).argmax(1)[:, None], 1)[:, 0]
-            places.append(numpy.column_stack([numpy.full(len(first), number), first]))
-            own = index.places[:, index.names.index("cls")] if "cls" in index.names else numpy.full((len(first), 2), -1)
-            labels.append(numpy.column_stack([numpy.full(len(first), number), own]))
-        self.places, self._label_places = numpy.concatenate(places), numpy.concatenate(labels)
+            columns = [self._column(index, ending) for ending in ("txt", "cls")]
+            places.append(numpy.column_stack([numpy.full(len(first), number), first, *columns]))
+        self.places, self._open = numpy.concatenate(places), OpenFiles()
+
+    @staticmethod
+    def _column(index: TarIndex, ending: str) -> numpy.ndarray:
+        """Places ``(n, 2)`` of the members of an ending; -1 where there is none."""
+        return index.places[:, index.names.index(ending)] if ending in index.names else numpy.full((len(index.keys), 2), -1)
 
     @cached_property
     def labels(self) -> numpy.ndarray | None:  # type: ignore[override]
-        if (self._label_places[:, 1] < 0).any():
+        if (self.places[:, LABEL] < 0).any():
             return None
-        files = OpenFiles()
-        texts = [files.read(Path(self.files[file]), start, size) for file, start, size in self._label_places.tolist()]
+        texts = [self._member(number, LABEL) for number in range(len(self))]
         return numpy.array(texts, dtype="S").astype(numpy.int64) if all(text.isdigit() for text in texts) else None
 
     def __len__(self) -> int:
@@ -151,10 +165,15 @@ class ShardSource(EncodedSource):
         return f"{self.files[self.places[number, 0]]}, sample {number} of the set"
 
     def encoded(self, number: int) -> bytes:
-        file, offset, size = self.places[number].tolist()
-        with open(self.files[file], "rb") as shard:
-            shard.seek(offset)
-            return shard.read(size)
+        return self._member(number, PICTURE)
+
+    def text(self, number: int) -> str | None:
+        return None if self.places[number, TEXT] < 0 else self._member(number, TEXT).decode().strip()
+
+    def _member(self, number: int, column: int) -> bytes:
+        """The bytes whose place is in a column, and their number in the next."""
+        offset, size = self.places[number, column : column + 2].tolist()
+        return self._open.read(Path(self.files[self.places[number, 0]]), offset, size)
 
 
 def _has_colour(content: bytes) -> bool:

@@ -7,6 +7,7 @@ packages, so that features are theirs.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Float64
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from distill import hub
 from distill.frozen import Frozen
-from distill.image_features.inception import InceptionFeatures, load_torch_fidelity
+from distill.image_features.inception import STATE_URL, InceptionFeatures, load_torch_fidelity
 from distill.metrics.features import FeatureExtractor, quantize, to_uint8
 
 Images = Float[Tensor, "b c h w"]
@@ -75,7 +76,9 @@ class LegacyFeatures(nn.Module, FeatureExtractor):
 
     def __init__(self, path: str, output: str = FEATURES):
         super().__init__()
-        file = InceptionFeatures.locate(path)
+        if not (file := Path(path)).is_file():
+            wanted = f"save {STATE_URL} (a state dict) there, or give another"
+            raise FileNotFoundError(f"path={path!r}: there is no such file; {wanted}.")
         self.network = Frozen(load_torch_fidelity(path, output))
         self.identity = {"path": path, "sha256": hub.content_hash(file.parent, [file.name])}
         self.protocol = (

@@ -18,8 +18,10 @@ from distill.metrics.neighbours import neighbours
 from distill.metrics.processes import Processes
 
 K_PRECISION, K_DENSITY, SPLITS = 3, 5, 10
-METRICS = ("frechet", "kid", "precision", "recall", "density", "coverage", "inception_score")
-OF_ROWS = set(METRICS) - {"frechet", "inception_score"}
+METRICS = ("frechet", "kid", "precision", "recall", "density", "coverage", "inception_score", "clip_score")
+WITHOUT_REFERENCE = {"inception_score", "clip_score"}
+"""Metrics of the samples alone, of other features than those that are compared."""
+OF_ROWS = set(METRICS) - {"frechet", *WITHOUT_REFERENCE}
 """Metrics that need the features of each image, of both sets."""
 NEIGHBOURS = ("precision", "recall", "density", "coverage")
 
@@ -102,7 +104,7 @@ def compute(
     ``interval`` if there are to be resamples; on process 0, else nothing.
 
     Args:
-        metrics: of `METRICS`.
+        metrics: of `METRICS`; a CLIP score, which needs prompts, is left to `distill.metrics.clip_score`.
         samples: with rows, if a metric is of `OF_ROWS` or there are to be resamples.
         reference: with rows, if a metric is of `OF_ROWS`.
         logits: of the samples, for the Inception score.
@@ -118,7 +120,7 @@ def compute(
     if sampling.processes.rank:
         return {}
     results: dict[str, dict[str, Any]] = {}
-    for metric in metrics:
+    for metric in [metric for metric in metrics if metric != "clip_score"]:
         results[metric] = {"settings": sampling.settings(metric)}
         if metric == "frechet":
             results[metric]["value"] = samples.statistics.distance(reference.statistics)
