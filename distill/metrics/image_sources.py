@@ -142,8 +142,8 @@ class ShardSource(EncodedSource):
             if len(bare):
                 raise ValueError(f"{file}: sample {index.keys[bare[0]]} holds no picture ({', '.join(FORMATS)}); give images")
             first = numpy.take_along_axis(pictures, (pictures[:, :, :1] >= 0).argmax(1)[:, None], 1)[:, 0]
-            columns = [self._column(index, ending) for ending in ("txt", "cls")]
-            places.append(numpy.column_stack([numpy.full(len(first), number), first, *columns]))
+            beside = [self._column(index, ending) for ending in ("txt", "cls")]
+            places.append(numpy.column_stack([numpy.full(len(first), number), first, *beside]))
         self.places, self._open = numpy.concatenate(places), OpenFiles()
 
     @staticmethod
