@@ -151,7 +151,7 @@ def draw_curves(record: dict[str, Any]) -> Any:
 def draw_panel(axes: Any, name: str, record: dict[str, Any]) -> None:
     """The lines of one metric."""
     from matplotlib import colormaps
-    from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
     entries = [entry for entry in record["validations"] if name in entry["values"]]
     lines = [{int(steps): value for steps, value in entry["values"][name].items() if value is not None} for entry in entries]
@@ -171,8 +171,10 @@ def draw_panel(axes: Any, name: str, record: dict[str, Any]) -> None:
     values = [value for line in lines for value in line.values()] + ([] if level is None else [level])
     if not record["metrics"][name]["higher_is_better"] and values and min(values) > 0:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(ScalarFormatter() if max(values) < 10 * min(values) else NullFormatter())
+        # within one power of ten there would be no labels
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(True, which="both", alpha=0.25)
     if lines:
         axes.legend(fontsize="small")
