@@ -288,3 +288,25 @@ def test_sets_drawn_in_two_ways_are_two_lines(runs: Path) -> None:
     measure(other)
     names = {line[0].split(";")[0] for line in Page(write(runs, runs / "out")[0]).tables[0]}
     assert {"c (guidance: None)", "c (guidance: 2.0)"} <= names
+
+
+def test_students_of_several_rounds_are_one_line(runs: Path) -> None:
+    """Each for its own number of steps; two students of one number are two lines."""
+    folder = runs / "a" / "evaluations"
+    earlier = {"checkpoint": "checkpoints/step_00000200.ckpt", "batches_trained": 200}
+    change(folder / "steps_1" / "samples.json", **earlier, weights_sha256="0")
+    measure(folder / "steps_1")
+    lines = Page(write(runs, runs / "out")[0]).tables[0][1:]
+    assert [line[0] for line in lines if line[0].startswith("a")] == ["a; ConsistencyDistillation"]
+    shutil.copytree(folder / "steps_4", folder / "earlier")
+    change(folder / "earlier" / "samples.json", **earlier)
+    measure(folder / "earlier")
+    names = [line[0] for line in Page(write(runs, runs / "out")[0]).tables[0] if line[0].startswith("a (")]
+    assert len(names) == 3 and any("batches_trained: 200" in name for name in names)
+
+
+def test_what_was_made_for_a_training_is_part_of_its_cost(runs: Path) -> None:
+    made = {"evaluations": 100_000, "seconds": 60.0, "what": "1,000 pairs"}
+    change(runs / "a" / "training_cost.json", prepared=made)
+    line = Page(write(runs, runs / "out")[0]).tables[0][1]
+    assert line[0].startswith("a;") and line[-4:-1] == ["254 k, 100 k of them for 1,000 pairs", "2.5 min", "4 min"]

@@ -127,7 +127,7 @@ def costs(contestants: list[Contestant], steps: int | None, key: str) -> list[tu
     """Those whose cost is known: what it is, and the distance in so many steps, or the best one."""
     found = []
     for each in contestants:
-        value = each.cost.get("evaluations", {}).get("total") if key == "evaluations" else each.cost.get(key)
+        value = each.spent(key)
         if value and (steps is None or steps in each.evaluations):
             found.append((each, value, each.best.distance if steps is None else each.evaluations[steps].distance))
     return found

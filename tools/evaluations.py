@@ -15,8 +15,10 @@ from typing import Any
 from fid import Refusal, unequal
 
 RESULT, SETTINGS, COST = "fid.json", "samples.json", "training_cost.json"
-PER_SET = ("steps", "evaluations", "sha256", "num", "device", "versions")
+PER_SET = ("steps", "evaluations", "sha256", "num", "device", "versions", "batch_size", "format", "shard_size")
 """Settings that may differ between the evaluations of one line of the table."""
+OF_WEIGHTS = ("checkpoint", "batches_trained", "weights_sha256")
+"""Likewise, where each number of steps has a student of its own: the rounds of progressive distillation."""
 ASKED = ("prompts", "negative_prompt")
 """Settings that change what is drawn, not how."""
 
@@ -81,6 +83,15 @@ class Contestant:
         """The class that trained it, or how the teacher was solved; empty if that was not recorded."""
         return self.best.settings.get("solver", "") if self.is_teacher else self.cost.get("method", "")
 
+    def spent(self, key: str) -> float | None:
+        """``evaluations``, ``seconds`` or ``device_seconds`` of training and of what was made for it; None if not recorded.
+
+        What was made beforehand, pairs for instance, was made on one device.
+        """
+        own = self.cost.get("evaluations", {}).get("total") if key == "evaluations" else self.cost.get(key)
+        made = self.cost.get("prepared", {}).get("seconds" if key == "device_seconds" else key, 0)
+        return None if own is None else own + made
+
 
 def read_json(option: str, path: Path) -> dict[str, Any]:
     """The object in a file. Raises Refusal."""
@@ -133,20 +144,29 @@ def read_folder(option: str, folder: Path, is_teacher: bool) -> list[Contestant]
     if not files:
         raise Refusal(f"{option}: holds no evaluations/*/{RESULT}; draw by tools/sample.py and measure by tools/fid.py")
     cost = read_json(option, folder / COST) if (folder / COST).is_file() and not is_teacher else {}
-    ways: dict[str, dict[int, Evaluation]] = {}
-    for found in (read_evaluation(option, file) for file in files):
-        check_age(option, found, cost)
-        way = {key: value for key, value in found.settings.items() if key not in PER_SET}
-        alike = ways.setdefault(json.dumps(way, sort_keys=True), {})
-        if found.steps in alike:
-            both = f"{alike[found.steps].folder} and {found.folder}"
-            raise Refusal(f"{option}: {both} are of {found.steps} steps and drawn alike; remove one")
-        alike[found.steps] = found
+    found = [read_evaluation(option, file) for file in files]
+    for each in found:
+        check_age(option, each, cost)
+    steps = [each.steps for each in found]
+    ways = by_way(option, found, PER_SET + OF_WEIGHTS if len(set(steps)) == len(steps) else PER_SET)
     names = differences([json.loads(way) for way in ways])
     return [
         Contestant(folder.resolve().name + name, folder, is_teacher, dict(sorted(alike.items())), cost)
         for name, alike in zip(names, ways.values())
     ]
+
+
+def by_way(option: str, found: list[Evaluation], left_out: tuple[str, ...]) -> dict[str, dict[int, Evaluation]]:
+    """By all settings but those left out, as JSON, then by steps. Raises Refusal for two of one way and number of steps."""
+    ways: dict[str, dict[int, Evaluation]] = {}
+    for each in found:
+        way = {key: value for key, value in each.settings.items() if key not in left_out}
+        alike = ways.setdefault(json.dumps(way, sort_keys=True), {})
+        if each.steps in alike:
+            both = f"{alike[each.steps].folder} and {each.folder}"
+            raise Refusal(f"{option}: {both} are of {each.steps} steps and drawn alike; remove one")
+        alike[each.steps] = each
+    return ways
 
 
 def differences(ways: list[dict[str, Any]]) -> list[str]:

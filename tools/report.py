@@ -155,7 +155,7 @@ def pictures(contestants: list[Contestant]) -> str:
 def costs_part(contestants: list[Contestant]) -> str:
     """The chart, and who is not in it."""
     runs = [each for each in contestants if not each.is_teacher]
-    missing = [each.name for each in runs if not each.cost.get("evaluations", {}).get("total")]
+    missing = [each.name for each in runs if not each.spent("evaluations")]
     said = f'<p class="note">Cost not recorded, so not drawn: {escape(", ".join(missing))}.</p>' if missing else ""
     drawn = cost_chart(runs, all_steps(runs))
     return (f'<figure class="chart">{drawn}</figure>' if drawn else "") + said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
 
 from evaluations import RESULT, Contestant, Evaluation
 
@@ -65,14 +64,16 @@ def way(each: Contestant) -> str:
 
 def facts(each: Contestant) -> list[tuple[str, str]]:
     """The columns of a contestant beside its distances: heading and content. A teacher was not trained here."""
-    cost = each.cost
-    counted: dict[str, Any] = cost.get("evaluations", {})
+    cost, evaluated = each.cost, number(each.spent("evaluations"))
+    if made := cost.get("prepared"):
+        part = f"{number(made['evaluations'])} of them for" if made["evaluations"] else "and"
+        evaluated += f", {part} {made['what']}"
     found = [
         ("trainable parameters", number(cost.get("parameters", {}).get("trained"))),
         ("training images", number(cost.get("images"))),
-        ("training evaluations", number(counted.get("total"))),
-        ("wall time", duration(cost.get("seconds"))),
-        ("device time", duration(cost.get("device_seconds"))),
+        ("training evaluations", evaluated),
+        ("wall time", duration(each.spent("seconds"))),
+        ("device time", duration(each.spent("device_seconds"))),
         ("devices", f"{cost['devices']} x {cost['device']}" if "device" in cost else UNKNOWN),
     ]
     return [(heading, "" if each.is_teacher else content) for heading, content in found]
