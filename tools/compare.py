@@ -12,23 +12,22 @@ that was trained further since.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from pathlib import Path
 
 # The folder of this file is on the path when it is run as a script.
 from evaluations import read_all
-from fid import Parser, Refusal, writable
 from report import html_page, markdown
 
 from distill.checkpoints import atomic_writer
+from distill.command_line import Parser, Refusal, writable
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Reads, compares, writes, says where; ends with 2 and one line on stderr if that cannot be done."""
     words = sys.argv[1:] if arguments is None else arguments
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs, with evaluations in them")
     parser.add_argument("--teacher", type=Path, help="a folder with evaluations of what they were distilled from")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write report.html and report.md in")
@@ -42,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
                 with atomic_writer(options.out / name) as file:
                     file.write(make(contestants, command).encode())
     except Refusal as refusal:
-        parser.error(" ".join(str(refusal).split()))
+        parser.error(str(refusal))
     print(f"{len(contestants)} compared in {options.out / 'report.html'} and {options.out / 'report.md'}")
 
 

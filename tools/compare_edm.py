@@ -10,16 +10,16 @@ converted here. ``--full`` compares the published sizes (16 GB of memory, minute
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from distill.command_line import Parser
 from distill.edm_checkpoints import PretrainedEDM, save_converted
 from distill.edm_published import read_published
 
@@ -106,16 +106,9 @@ def compare(repository: str, checkout: Path, settings: dict[str, Any]) -> dict[s
     return result
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Prints the differences of every case whose code is given."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("--edm", type=Path, help="a checkout of NVlabs/edm")
     parser.add_argument("--edm2", type=Path, help="a checkout of NVlabs/edm2")
     parser.add_argument("--full", action="store_true", help="the published sizes")

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 # The folder of this file is on the path when a script beside it is run.
-from fid import Refusal
 from recipes import Recipe
 
 from distill.checkpoints import atomic_writer
+from distill.command_line import Refusal
 
 TOOLS = Path(__file__).resolve().parent
 TRIAL = 8

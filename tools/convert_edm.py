@@ -5,20 +5,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from distill.command_line import Parser
 from distill.edm_checkpoints import file_hash, save_converted
 from distill.edm_published import read_published
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def convert(source: Path, out: Path) -> dict[str, Any]:
@@ -31,7 +24,7 @@ def convert(source: Path, out: Path) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Reads the options, prints what was converted; ends with 2 and one line on stderr if it cannot be."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("--source", type=Path, required=True, help="the published .pkl")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write, empty or new")
     options = parser.parse_args(arguments)

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 # The folder of this file is on the path when it is run as a script.
-from fid import ImageSet, Refusal, Sampling, find_extractor, make_extractor, measure_set, read_set, statistics
+from fid import ImageSet, Sampling, find_extractor, make_extractor, measure_set, read_set, statistics
 
+from distill.command_line import Refusal
 from distill.denoiser import Denoiser
 from distill.metrics.features import to_uint8
 from distill.sample_folders import SOLVERS, RunSource, TeacherSource, draw_all, requests, rows

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# The folder of this file is on the path when a script beside it is run.
-from fid import Refusal, unequal
+from distill.command_line import Refusal
+from distill.metrics.measuring import unequal
 
 RESULT, SETTINGS, COST = "fid.json", "samples.json", "training_cost.json"
 PER_SET = ("steps", "evaluations", "sha256", "num", "device", "versions", "batch_size", "format", "shard_size")

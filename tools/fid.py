@@ -25,22 +25,21 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy
 import torch
 
+from distill.command_line import Parser, Refusal, writable
 from distill.metrics.bootstrap import FEWEST
 from distill.metrics.clip_score import ClipScorer, clip_score, read_prompts
 from distill.metrics.digits import read_digits
 from distill.metrics.extractors import KINDS, find_extractor, make_extractor
 from distill.metrics.features import FeatureExtractor, from_uint8
 from distill.metrics.frechet import GaussianStatistics
-from distill.metrics.image_sets import ImageSet, Refusal, read_set
+from distill.metrics.image_sets import ImageSet, read_set
 from distill.metrics.measuring import (
     METRICS,
     OF_ROWS,
@@ -73,15 +72,6 @@ def statistics(images: numpy.ndarray, features: FeatureExtractor) -> GaussianSta
     for start in range(0, len(images), BATCH):
         result.update(features(from_uint8(torch.from_numpy(images[start : start + BATCH]).permute(0, 3, 1, 2))))
     return result
-
-
-@contextmanager
-def writable(named: str, kind: str) -> Iterator[None]:
-    """Refuses what cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise Refusal(f"{named}: cannot be written ({error}); give another {kind}") from error
 
 
 def check(options: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
@@ -266,16 +256,9 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     return result
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Reads the options, prints the result; ends with 2 and one line on stderr if they cannot be followed."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--samples", required=True, help="the images to measure: .npz, a folder, shards, or digits")
     add("--reference", required=True, help="the images to measure them against, likewise, or statistics")
@@ -297,7 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
         if (result := run(parser.parse_args(arguments))) is not None:
             print(json.dumps(result, indent=2))
     except Refusal as refusal:
-        parser.error(" ".join(str(refusal).split()))
+        parser.error(str(refusal))
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from distill.checkpoints import atomic_writer
+from distill.command_line import Parser
 from distill.sample_folders import SOLVERS, RunSource, TeacherSource, conditions, counted, requests
 from distill.shard_jobs.header import device_name
 
@@ -33,16 +34,9 @@ UNUSED = {"labels": None, "negative_prompt": None, "adapters": None, "seed": 0, 
 TITLES = ("name", "steps", "guidance", "batch", "evaluations", "ms a sample (quartiles)", "speed-up", "parameters", "memory")
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {' '.join(message.split())}\n")
-
-
 def read_options(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     """The command line; exits with 2 on a wrong one."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--teacher", help="diffusers folder of a teacher")
     add("--run", nargs="+", default=[], help="run folders of students")

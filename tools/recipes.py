@@ -10,8 +10,7 @@ from typing import Any
 
 import yaml
 
-# The folder of this file is on the path when a script beside it is run.
-from fid import Refusal
+from distill.command_line import Refusal
 
 STEP_COUNTS = ("stage_steps", "total_steps")
 """Keys of curricula that count updates: they keep their share of the run."""

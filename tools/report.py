@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy
 from charts import cost_chart, steps_chart
 from evaluations import Contestant, Evaluation
-from fid import Refusal
 from wording import (
     INTERVALS,
     LEGEND,
@@ -31,6 +30,7 @@ from wording import (
     way,
 )
 
+from distill.command_line import Refusal
 from distill.metrics.image_sets import open_set
 
 STYLE = (Path(__file__).resolve().parent / "report.css").read_text()

@@ -19,25 +19,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
-from distill.metrics.image_sets import Refusal
+from distill.command_line import Parser, Refusal
 from distill.metrics.processes import joined, own_device
 from distill.sample_folders import FORMATS, SOLVERS, SampleJob
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def make_parser() -> Parser:
     """The options."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", help="run folder of a student")
     source.add_argument("--teacher", help="diffusers folder of a teacher")
@@ -87,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     except Refusal as refusal:
         if processes.rank:  # all are refused alike
             parser.exit(2)
-        parser.error(" ".join(str(refusal).split()))
+        parser.error(str(refusal))
     if processes.rank == 0:
         what = "drawn" if drawn else "were there already, of the same settings, and nothing was drawn (--overwrite begins anew)"
         print(f"{arguments.out}: {arguments.num} samples, {arguments.format}, {what}; picture in {job.out / 'grid.png'}")

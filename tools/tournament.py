@@ -29,10 +29,10 @@ from typing import Any
 
 # The folder of this file is on the path when it is run as a script.
 from contest import Budget, Contest, Failed, Plan
-from fid import Parser, Refusal
 from recipes import Recipe
 
 from distill.checkpoints import atomic_writer
+from distill.command_line import Parser, Refusal
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "digits"
 FAMILIES = "cd ict ect lcm sid sim diff_instruct dmd2 reflow perflow progressive mmd_4step imm".split()
@@ -175,7 +175,7 @@ def checked(options: argparse.Namespace) -> tuple[list[Recipe], Budget]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Holds the tournament; ends with 2 and one line if it cannot be, with 1 if a recipe failed."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--teacher", type=Path, required=True, help="diffusers folder")
     add("--budget", required=True, help="of each recipe: 300000ev (evaluations of networks) or 120s (seconds of training)")
@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
         contest = Contest(options, budget, time.monotonic())
         code = hold(options, recipes, contest, record)
     except Refusal as refusal:
-        parser.error(" ".join(str(refusal).split()))
+        parser.error(str(refusal))
     sys.exit(code)
 
 

@@ -16,11 +16,12 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
+from distill.command_line import Refusal
 from distill.conditioners.towers import TOKENIZER_FILES
 from distill.frozen import Frozen
 from distill.image_features.image_towers import CLIP, CLIP_ADVICE, ClipFeatures, load_tower
 from distill.metrics.features import NetworkFeatures
-from distill.metrics.image_sets import SETTINGS, ImageSet, Refusal
+from distill.metrics.image_sets import SETTINGS, ImageSet
 from distill.metrics.processes import Processes
 
 SCALE = 100

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from distill.command_line import Refusal
 from distill.metrics.digits import real_digits
 from distill.metrics.features import from_uint8
 from distill.metrics.image_sources import ArraySource, ImageSource, PictureSource, ShardSource
@@ -31,10 +32,6 @@ BESIDE = ("grid.png",)
 """What tools/sample.py leaves beside samples that is none."""
 CHECKED = 256
 """Images of a process's share at a time, while sets are checked."""
-
-
-class Refusal(Exception):
-    """Something that the user can put right; its message names option, value and remedy."""
 
 
 @dataclass

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.command_line import Refusal
 from distill.metrics.bootstrap import frechet_interval
 from distill.metrics.features import FeatureExtractor
 from distill.metrics.frechet import GaussianStatistics
-from distill.metrics.image_sets import ImageSet, Refusal
+from distill.metrics.image_sets import ImageSet
 from distill.metrics.inception_score import inception_score
 from distill.metrics.kernel_distance import kernel_distance
 from distill.metrics.neighbours import neighbours

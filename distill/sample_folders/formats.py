@@ -19,7 +19,8 @@ from datamodules.members import to_png
 from datamodules.shard_writing import save_shard
 from datamodules.shards import shard_name
 from distill.checkpoints import atomic_writer
-from distill.metrics.image_sets import LABELS, PICTURES, Refusal
+from distill.command_line import Refusal
+from distill.metrics.image_sets import LABELS, PICTURES
 from distill.metrics.processes import Processes
 from distill.sample_folders.parts import Parts
 from distill.types import Batch

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from distill.callbacks.sample_grid import save_grid
 from distill.checkpoints import atomic_writer
+from distill.command_line import Refusal
 from distill.metrics.features import from_uint8, to_uint8
-from distill.metrics.image_sets import SETTINGS, Refusal, content_hash
+from distill.metrics.image_sets import SETTINGS, content_hash
 from distill.metrics.processes import Processes
 from distill.sample_folders.drawing import draw_batch, requests
 from distill.sample_folders.formats import FORMATS

@@ -13,7 +13,8 @@ import numpy
 from jaxtyping import UInt8
 
 from distill.checkpoints import TEMPORARY, atomic_writer
-from distill.metrics.image_sets import PARTS, Refusal
+from distill.command_line import Refusal
+from distill.metrics.image_sets import PARTS
 
 Pixels = UInt8[numpy.ndarray, "n h w c"]
 RECORD = "settings.json"
