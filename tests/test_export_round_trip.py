@@ -6,8 +6,13 @@ All folders are written first, then drawn from in one clean process: starting it
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
+import diffusers
+import numpy
 import pytest
 import torch
 from exporting import (
@@ -23,12 +28,15 @@ from exporting import (
 )
 from families import FAMILIES
 from safetensors.torch import load_file
+from script import load_script
 
 from distill.boundary import KarrasBoundary
+from distill.command_line import Refusal
 from distill.export.check import LIMIT, draw_ours
 from distill.export.lora import compare_keys, lora_state
-from distill.export.student import drawing_of
+from distill.export.student import drawing_of, prompt_words
 from distill.grids import KarrasGrid, UniformGrid
+from distill.metrics.image_sets import read_set
 from distill.networks.edm import EDM
 from distill.networks.edm2 import EDM2
 from distill.networks.unet2d import UNet2D
@@ -172,6 +180,28 @@ def test_networks_of_classes_have_a_pipeline_of_their_own(name, cases):
     assert index["_class_name"] == ["pipeline", "StudentPipeline"]
     pixels = case.samples()["4"]
     assert ((pixels > 0) & (pixels < 1)).float().mean() > 0.5 and pixels.std() > 0.05
+
+
+def test_classes_run_in_turn_through_an_exported_pipeline(cases, tmp_path, monkeypatch):
+    case, tool = cases["unet flow"], load_script("sample_pipeline")
+    folder = Path(shutil.copytree(case.folder, tmp_path / "exported"))
+    record = {"lora": False, "prompt": prompt_words(case.plan), "pipeline": "StudentPipeline", "custom_code": True}
+    (folder / "student.json").write_text(json.dumps(record | {"calls": case.plan.scheduling.calls}))
+
+    def draw(*words: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["sample_pipeline.py", "--pipeline", str(folder), "--num", "4", *map(str, words)])
+        tool.main()
+
+    draw("--labels", 1, 0, 1, "--steps", 4, "--out", tmp_path / "drawn")
+    drawn = numpy.load(tmp_path / "drawn" / "samples.npz")
+    pipeline, call = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True), case.plan.scheduling.calls[4]
+    settings: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "output_type": "np"}
+    expected = pipeline(class_labels=[1, 0, 1, 1], **settings, **call).images
+    assert numpy.array_equal(drawn["arr_0"], (expected * 255).round()) and drawn["arr_1"].tolist() == [1, 0, 1, 1]
+    with pytest.raises(SystemExit, match="a StudentPipeline is given --labels"):
+        draw("--prompts", "one", "--out", tmp_path / "none")
+    with pytest.raises(Refusal, match="it is a pipeline: draw by tools/sample_pipeline.py"):
+        read_set("--samples", str(folder))
 
 
 def test_folders_of_our_networks_carry_their_file(cases):

@@ -155,6 +155,8 @@ def _folder(option: str, value: str, path: Path, settings: dict[str, Any]) -> Im
     if len(pictures) and (drawn or run is None):
         return pictures
     remedy = f"draw them by tools/sample.py --run {run} --out {path}" if run else "give a folder with images"
+    if (path / "model_index.json").is_file():
+        remedy = f"it is a pipeline: draw by tools/sample_pipeline.py --pipeline {path} --out FOLDER, and give that folder"
     raise Refusal(f"{option} {value}: there is no file {path / 'samples.npz'}, nor pictures or shards of samples; {remedy}")
 
 
