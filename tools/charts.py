@@ -62,9 +62,9 @@ def svg(figure: Figure, prefix: str) -> str:
     return re.sub(r'^<svg[^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{prefix}">', text)
 
 
-def logarithmic(axis: Any) -> None:
-    """Figures often lie within one power of ten, which by itself would have no labels."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+def logarithmic(axis: Any, marks: tuple[float, ...] = (1, 2, 5)) -> None:
+    """Figures often lie within one power of ten, which by itself would have no labels: ``marks`` of each have."""
+    axis.set_major_locator(LogLocator(subs=marks))
     axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     axis.set_minor_locator(NullLocator())
 
@@ -115,7 +115,7 @@ def steps_chart(contestants: list[Contestant]) -> str:
         ticks = sorted({steps for each in contestants for steps in each.evaluations})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
-        logarithmic(axes.yaxis)
+        logarithmic(axes.yaxis, DISTANCES)
         axes.grid(True, which="major")
         figure.draw_without_rendering()
         for last in {max(each.evaluations) for each in contestants}:
@@ -170,7 +170,7 @@ def scale_costs(axes: Axes, values: list[float]) -> bool:
     middle = (low * high) ** 0.5
     axes.set_xlim(min(low / 1.25, middle / 2.2), max(high * 1.25, middle * 2.2))
     logarithmic(axes.xaxis)
-    logarithmic(axes.yaxis)
+    logarithmic(axes.yaxis, DISTANCES)
     axes.grid(True, which="major")
     return high < 1.3 * low
 
