@@ -145,7 +145,6 @@ def hold(options: argparse.Namespace, recipes: list[Recipe], contest: Contest, r
     if runs and teacher.result():
         contest.compare(runs)
         add_notes(contest.out, lines + [f"{name} failed: {error}" for name, error in failed.items()])
-    shutil.rmtree(contest.trials, ignore_errors=True)
     return int(bool(failed))
 
 
@@ -199,6 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
         record = Record(options.out, stated, keep=not options.dry_run)
         contest = Contest(options, budget, time.monotonic())
         code = hold(options, recipes, contest, record)
+        shutil.rmtree(contest.trials, ignore_errors=True)
     except Refusal as refusal:
         parser.error(str(refusal))
     sys.exit(code)
