@@ -26,6 +26,8 @@ WORDS |= {"annotation_clip": False, "parse_math": False}
 NEAR = [(8, 0), (-8, 0), (0, 11), (0, -11), (8, 8), (-8, 8), (8, -8), (-8, -8)]
 PLACES = NEAR + [(side, up) for up in (0, 12, -12, 24, -24, 36, -36, 48, -48) for side in (26, -26, 90, -90)]
 """Where a name may stand, in points right of and above its point: the first ones are tried first."""
+DISTANCES = (1, 1.5, 2, 3, 5, 7)
+"""Marks of a power of ten on the axes of distances, which often span less than a factor of 2."""
 HALO: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
 """Behind names, which may lie on lines."""
 

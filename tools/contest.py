@@ -33,6 +33,8 @@ COST = "training_cost.json"
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 NOT_FOR = "this student was trained for"
 """Of the refusal of tools/sample.py to draw in other numbers of steps."""
+REFUSED = "not_for.json"
+"""Beside the evaluations: numbers of steps that were refused."""
 
 
 class Failed(Exception):
@@ -253,7 +255,9 @@ class Contest:
         folder = self.out / name / "evaluations" / f"steps_{steps}"
         cost = self.out / name / COST
         batches = json.loads(cost.read_text())["batches"] if "last" in source else None
-        if is_complete(folder, batches):
+        refused = folder.parent / REFUSED
+        others = json.loads(refused.read_text()) if refused.is_file() else []
+        if steps in others or is_complete(folder, batches):
             return
         shutil.rmtree(folder, ignore_errors=True)
         own = self.options
@@ -261,9 +265,11 @@ class Contest:
         try:
             self.call(TOOLS / "sample.py", *source, *drawn)
         except Failed as error:
-            if NOT_FOR in str(error):
-                return
-            raise
+            if NOT_FOR not in str(error):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            refused.write_text(json.dumps([*others, steps]))
+            return
         words = ["--reference", own.reference, "--features", own.features, "--bootstrap", str(own.bootstrap)]
         self.call(TOOLS / "fid.py", "--samples", folder, *words, "--out", folder / "fid.json")
         distance = json.loads((folder / "fid.json").read_text())["distance"]

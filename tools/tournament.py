@@ -199,8 +199,8 @@ def main(arguments: list[str] | None = None) -> None:
         contest = Contest(options, budget, time.monotonic())
         code = hold(options, recipes, contest, record)
         shutil.rmtree(contest.trials, ignore_errors=True)
-    except Refusal as refusal:
-        parser.error(str(refusal))
+    except (Refusal, Failed) as error:
+        parser.error(str(error).removeprefix("error: "))
     sys.exit(code)
 
 
