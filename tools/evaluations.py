@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from distill.command_line import Refusal
+from distill.metrics.image_sets import SETTINGS
 from distill.metrics.measuring import unequal
 
-RESULT, SETTINGS, COST = "fid.json", "samples.json", "training_cost.json"
+RESULT, COST = "fid.json", "training_cost.json"
 PER_SET = ("steps", "evaluations", "sha256", "num", "device", "versions", "batch_size", "format", "shard_size")
 """Settings that may differ between the evaluations of one line of the table."""
 OF_WEIGHTS = ("checkpoint", "batches_trained", "weights_sha256")
