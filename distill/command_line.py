@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 
 class Refusal(Exception):
@@ -33,3 +35,14 @@ def writable(named: str, kind: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise Refusal(f"{named}: cannot be written ({error}); give another {kind}") from error
+
+
+def read_object(named: str, path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file that an option names. Raises Refusal, with the remedy, if there is none in it."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{named}: {path} is no JSON ({error}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise Refusal(f"{named}: {path} holds no JSON object; {remedy}")
+    return content

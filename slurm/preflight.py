@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import distributed
 
+from distill.command_line import Parser
+
 ROOT = Path(__file__).resolve().parents[1]
 WAIT = timedelta(seconds=300)
 GIB = 2**30
@@ -31,9 +33,7 @@ Finding = tuple[str, str]
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The command line, and what of it belongs to the config."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--config", action="append", required=True, help="recipe; may be given repeatedly")
     parser.add_argument("--run", default="runs", help="the run folder, or another folder of the same file system")
     return parser.parse_known_args(argv)

@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 
+from distill.command_line import Parser
+
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line; exits with 2 on a wrong one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--run", required=True, help="run folder of a student with additions to its teacher")
     parser.add_argument("--out", required=True, help="file to write")
     parser.add_argument("--checkpoint", default="last", help="of the run: last, best, or a file")

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from datamodules.digits import DigitsDataModule
 from distill.adversarial import Adversarial
+from distill.command_line import Parser
 from distill.denoiser import NetworkDenoiser
 from distill.discriminators import ConvolutionalDiscriminator
 from distill.distances import PseudoHuber
@@ -193,7 +194,7 @@ class BareSteps(Callback):
 
 def main() -> None:
     """Prints one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--method", choices=METHODS, default="consistency")
     parser.add_argument("--steps", type=int, default=40, help="batches that are timed")
     parser.add_argument("--warmup", type=int, default=6, help="batches before them")

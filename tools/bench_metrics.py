@@ -26,6 +26,7 @@ from typing import Any
 import numpy
 import torch
 
+from distill.command_line import Parser
 from distill.metrics import GaussianStatistics, kernel_distance, neighbours
 
 BATCH = 2048
@@ -132,7 +133,7 @@ def compared(own: float, others: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Measures, prints JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("what", choices=["speed", "agreement"])
     parser.add_argument("--count", type=int, default=5000, help="features of a set")
     parser.add_argument("--width", type=int, default=2048, help="numbers in each")

@@ -10,7 +10,6 @@ a bare loop that knows the arrays' types and shapes and looks at no header. They
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import statistics
@@ -30,6 +29,7 @@ from datamodules.pairs import PairsDataModule, noise_hash
 from datamodules.shard_writing import save_shard
 from datamodules.shards import FORMAT
 from distill.checkpoints import atomic_writer
+from distill.command_line import Parser
 from distill.noise import SeededNoise
 
 CASES: dict[str, dict[str, Any]] = {
@@ -118,7 +118,7 @@ def seconds(part: Callable[[], Any]) -> float:
 
 def main() -> None:
     """Prints a JSON line for each case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--case", choices=CASES, help="one of the three; default all")
     parser.add_argument("--batches", type=int, default=40, help="batches that are timed")
     parser.add_argument("--batch-size", type=int, default=128)

@@ -12,7 +12,6 @@ Each is of the best of all rounds. The second table is what a bad sample costs b
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import logging
@@ -35,6 +34,7 @@ from PIL import Image
 
 from datamodules.streams.contents import ImageContents
 from datamodules.webdataset import WebDatasetDataModule
+from distill.command_line import Parser
 
 SIZE, CROP = 256, 224
 Members = list[tuple[str, bytes]]
@@ -189,7 +189,7 @@ def cost_of_bad(what: str, mode: str, count: int, rounds: int) -> dict[str, Any]
 
 def main() -> None:
     """Prints a JSON line for each case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--images", type=int, default=512, help="pictures of a pass")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5, help="of each case")

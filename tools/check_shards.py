@@ -15,7 +15,6 @@ The index that training in exact order needs of each shard is kept on the way, b
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -31,6 +30,7 @@ from tqdm import tqdm
 from datamodules.shard_checks import ShardReport, by_reason, check_shard, compare
 from datamodules.streams.contents import Contents
 from datamodules.streams.decoding import MAX_PIXELS
+from distill.command_line import Parser
 
 SHOWN = 5
 KINDS_SHOWN = 20
@@ -125,9 +125,7 @@ def record(reports: list[ShardReport]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Checks, and exits with 1 if anything is wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("patterns", nargs="+", help="tars, globs, or braces such as {00000..00099}, in quotes")
     parser.add_argument("--contents", help="YAML file that says what a sample is, class_path and init_args")
     parser.add_argument("--out", help="JSON file for everything that was found")

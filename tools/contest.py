@@ -20,6 +20,7 @@ from typing import Any
 # The folder of this file is on the path when a script beside it is run.
 from recipes import Recipe
 
+from distill.callbacks.training_cost import FILE as COST
 from distill.checkpoints import atomic_writer
 from distill.command_line import Refusal
 
@@ -29,7 +30,6 @@ TRIAL = 8
 TRIAL_PAIRS = 256
 SHARE = 0.5
 """Of a budget of evaluations at most so much is spent on pairs."""
-COST = "training_cost.json"
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 NOT_FOR = "this student was trained for"
 """Of the refusal of tools/sample.py to draw in other numbers of steps."""

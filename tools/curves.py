@@ -23,7 +23,7 @@ import torch
 # The folder of this file is on the path when it is run as a script.
 from fid import ImageSet, Sampling, find_extractor, make_extractor, measure_set, read_set, statistics
 
-from distill.command_line import Refusal
+from distill.command_line import Parser, Refusal
 from distill.denoiser import Denoiser
 from distill.metrics.features import to_uint8
 from distill.sample_folders import SOLVERS, RunSource, TeacherSource, draw_all, requests, rows
@@ -32,7 +32,7 @@ from distill.types import Batch, Cond
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; exits with 2 on a wrong one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--runs", nargs="+", default=[], help="run folders of students")
     parser.add_argument("--teachers", nargs="+", default=[], help="diffusers folders of teachers")
     parser.add_argument("--reference", required=True, help="the images to measure against, see tools/fid.py")

@@ -30,6 +30,7 @@ from datamodules.ordered import OrderedDataModule
 from datamodules.pictures import Pictures
 from datamodules.shard_writing import check_finite, save_shard, shared_null, unfinished_shards
 from datamodules.shards import EMBEDDINGS, FORMAT, OWN_NULL
+from distill import command_line
 from distill.checkpoints import atomic_writer
 from distill.cli import DistillCLI, Parser, import_parts
 from distill.space import ModelSpace
@@ -40,9 +41,7 @@ NOT_THE_SAMPLES = ("batch_size", "num_workers", "seed", "batches_per_epoch", "ev
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The command line, and what of it belongs to the config; exits with 2 on a wrong one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line.Parser(__doc__)
     parser.add_argument("--config", action="append", required=True, help="recipe with model.space; may be given repeatedly")
     parser.add_argument("--out", required=True, help="folder of the shards")
     parser.add_argument("--images", help="folder of pictures to encode instead of the config's data")

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill.command_line import Refusal
+from distill.callbacks.training_cost import FILE as COST
+from distill.command_line import Refusal, read_object
 from distill.metrics.image_sets import SETTINGS
 from distill.metrics.measuring import unequal
 
-RESULT, COST = "fid.json", "training_cost.json"
+RESULT, MEND = "fid.json", "measure again"
 PER_SET = ("steps", "evaluations", "sha256", "num", "device", "versions", "batch_size", "format", "shard_size")
 """Settings that may differ between the evaluations of one line of the table."""
 OF_WEIGHTS = ("checkpoint", "batches_trained", "weights_sha256")
@@ -94,20 +95,9 @@ class Contestant:
         return None if own is None else own + made
 
 
-def read_json(option: str, path: Path) -> dict[str, Any]:
-    """The object in a file. Raises Refusal."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise Refusal(f"{option}: {path} is no JSON ({error}); measure again") from error
-    if not isinstance(content, dict):
-        raise Refusal(f"{option}: {path} holds no JSON object; measure again")
-    return content
-
-
 def read_evaluation(option: str, path: Path) -> Evaluation:
     """The evaluation in a ``fid.json``. Raises Refusal if it lacks something, or is of other samples than lie beside it."""
-    result = read_json(option, path)
+    result = read_object(option, path, MEND)
     try:
         found = Evaluation(path.parent, result)
         usable = isinstance(found.steps, int) and isinstance(found.distance, float) and "protocol" in result
@@ -117,7 +107,7 @@ def read_evaluation(option: str, path: Path) -> Evaluation:
     if not usable:
         need = "has no Fréchet distance of samples that tools/sample.py drew"
         raise Refusal(f"{option}: {path} {need}; draw them, and measure by tools/fid.py --samples {path.parent} --out {path}")
-    present = read_json(option, path.parent / SETTINGS).get("sha256")
+    present = read_object(option, path.parent / SETTINGS, MEND).get("sha256")
     if present != found.settings["sha256"]:
         remedy = f"measure again by tools/fid.py --samples {path.parent} --out {path}"
         raise Refusal(f"{option}: {path} is stale, the samples beside it were drawn since; {remedy}")
@@ -144,7 +134,7 @@ def read_folder(option: str, folder: Path, is_teacher: bool) -> list[Contestant]
     option, files = f"{option} {folder}", sorted(folder.glob(f"evaluations/*/{RESULT}"))
     if not files:
         raise Refusal(f"{option}: holds no evaluations/*/{RESULT}; draw by tools/sample.py and measure by tools/fid.py")
-    cost = read_json(option, folder / COST) if (folder / COST).is_file() and not is_teacher else {}
+    cost = read_object(option, folder / COST, MEND) if (folder / COST).is_file() and not is_teacher else {}
     found = [read_evaluation(option, file) for file in files]
     for each in found:
         check_age(option, each, cost)

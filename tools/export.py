@@ -12,12 +12,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from distill.command_line import Parser
+
 SAMPLES = 2
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; exits with 2 on a wrong one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--run", required=True, help="run folder of a student")
     parser.add_argument("--steps", type=int, nargs="+", required=True, help="numbers of sampler steps that it is for")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not be there yet")

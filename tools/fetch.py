@@ -10,7 +10,6 @@ if something is missing, with 2 if the config is wrong. No weights are loaded.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import inspect
 import sys
@@ -21,6 +20,7 @@ from jsonargparse import Namespace
 
 from distill import hub
 from distill.cli import DistillCLI, import_parts
+from distill.command_line import Parser
 
 
 class _Parsed(DistillCLI):
@@ -77,9 +77,7 @@ def provide(part: Any, arguments: dict[str, Any], only_list: bool) -> tuple[str,
 
 def main(args: list[str] | None = None) -> None:
     """Fetches or lists, one line a part."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--config", required=True, action="append", help="recipe; may be given again")
     parser.add_argument("--list", action="store_true", help="only say what is there and what is missing")
     arguments, overrides = parser.parse_known_args(args)

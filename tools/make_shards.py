@@ -35,6 +35,7 @@ from datamodules.pictures import Pictures
 from datamodules.shards import differences, shard_name
 from datamodules.streams.decoding import FORMATS
 from distill.checkpoints import TEMPORARY, atomic_writer
+from distill.command_line import Parser
 
 FORMAT = 1
 Members = dict[str, bytes]
@@ -43,9 +44,7 @@ Members = dict[str, bytes]
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line; exits with 2 on a wrong one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--out", required=True, help="folder of the shards")
     parser.add_argument("--images", help="folder of pictures and of sub-folders with pictures")
     parser.add_argument("--captions", help="table of the pictures to take: .csv with a line of titles, or .jsonl")

@@ -22,6 +22,7 @@ import torch
 
 from distill import hub
 from distill.cli import DistillCLI, import_parts
+from distill.command_line import Parser
 from distill.plan.plan import Plan, Strategy, Work, make_plan
 from distill.plan.table import GIB, described, states_table, turns_table
 
@@ -81,9 +82,7 @@ class Planned(DistillCLI):
 
 def parse_arguments(args: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The command line, and what of it belongs to the config."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--config", required=True, action="append", help="recipe; may be given again")
     parser.add_argument("--memory", type=float, required=True, help="memory of one device in GiB")
     parser.add_argument("--devices", type=int, default=1, help="in all, over all nodes")

@@ -20,13 +20,15 @@ from typing import Any
 
 import numpy
 
+from distill.command_line import Parser
+
 SUBJECTS = {"prompt": "--prompts or --prompts-file", "class_labels": "--labels", "": "neither prompts nor labels"}
 """How a call of a pipeline says what to draw, and by which options."""
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; exits with 2 on a wrong one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--pipeline", type=Path, required=True, help="folder that diffusers loads")
     parser.add_argument("--lora", type=Path, help="folder of a LoRA file for it")
     parser.add_argument("--steps", type=int, help="one of the numbers of steps in student.json; default the largest")

@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
+from distill.command_line import Parser
+
 TOOLS = Path(__file__).resolve().parent
 FIGURES = ("distance", "accuracy")
 
@@ -56,7 +58,7 @@ def cell(values: list[float]) -> str:
 
 def main() -> None:
     """Trains, measures, prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--configs", type=Path, nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4])

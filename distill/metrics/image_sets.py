@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.command_line import Refusal
+from distill.command_line import Refusal, read_object
 from distill.metrics.digits import real_digits
 from distill.metrics.features import from_uint8
 from distill.metrics.image_sources import ArraySource, ImageSource, PictureSource, ShardSource
@@ -177,13 +177,7 @@ def read_settings(option: str, path: Path) -> dict[str, Any]:
     """The content of a ``samples.json``; empty if there is none. Raises Refusal."""
     if not path.exists():
         return {}
-    try:
-        settings = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise Refusal(f"{option} {path.parent}: {path} is no JSON ({error}); sample again, or remove it") from error
-    if not isinstance(settings, dict):
-        raise Refusal(f"{option} {path.parent}: {path} holds no JSON object; sample again, or remove it")
-    return settings
+    return read_object(f"{option} {path.parent}", path, "sample again, or remove it")
 
 
 def _arrays(option: str, value: str, path: Path) -> ArraySource:
