@@ -166,17 +166,21 @@ def test_what_no_record_speaks_of_is_not_removed(teacher: Path, tmp_path: Path, 
 
 
 def test_samples_that_are_not_finite_leave_nothing_that_looks_finished(tmp_path: Path, monkeypatch, capsys) -> None:
-    teacher, real = write_teacher(tmp_path / "teacher"), job.draw_batch
+    """Batches that were drawn before stay; a set of which none was drawn leaves no folder of them."""
+    teacher, real, worst = write_teacher(tmp_path / "teacher"), job.draw_batch, 5
 
     def diverged(source: Any, arguments: Any, wanted: Batch, indices: range) -> Any:
         pixels, evaluations = real(source, arguments, wanted, indices)
-        pixels[torch.tensor(indices) == 5] = torch.nan
+        pixels[torch.tensor(indices) == worst] = torch.nan
         return pixels, evaluations
 
     monkeypatch.setattr(job, "draw_batch", diverged)
     said = refused(capsys, draw, teacher, tmp_path / "out")
     assert re.search(r"samples 4 to 5: 64 of 128 values .* not finite.*; give another --solver", said)
     assert {file.split("/")[0] for file in content(tmp_path / "out")} == {"parts"}
+    worst = 0
+    assert "samples 0 to 3: " in refused(capsys, draw, teacher, tmp_path / "none")
+    assert not (tmp_path / "none" / "parts").exists()
 
 
 def test_names_of_pictures_sort_by_number() -> None:

@@ -78,7 +78,12 @@ class SampleJob:
         if together(self.processes, lambda: self.processes.rank == 0 and self.is_there())[0]:
             return False
         missing = together(self.processes, lambda: self.begin() if self.processes.rank == 0 else [])[0]
-        self.draw(missing)
+        try:
+            self.draw(missing)
+        except Refusal:
+            if self.processes.rank == 0 and len(self.parts.missing()) == len(self.parts.batches):
+                self.parts.remove()  # nothing was drawn: there is nothing to go on with
+            raise
         shares = together(self.processes, self.look)
         seen = [shares[i % len(shares)][i // len(shares)] for i in range(len(self.parts.batches))]
         shape = seen[0][0]
