@@ -246,7 +246,7 @@ def test_modules_are_found_by_the_ends_of_their_paths():
 
 
 def test_settings_survive_json():
-    for settings in (AttentionGuidance("additive", 8, ["attn1"], 2.0), *adapted.adapters("sd15")):
+    for settings in (AttentionGuidance("additive", 8, ["attn1"], 2.0), AttentionGuidance(tokens=3), *adapted.adapters("sd15")):
         assert adapter_of(json.loads(json.dumps(settings.as_dict()))) == settings
     with pytest.raises(ValueError, match="adapter class='Other' is not known here; known are AttentionGuidance, GuideNetwork"):
         adapter_of({"class": "Other"})

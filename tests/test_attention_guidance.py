@@ -11,7 +11,7 @@ from families import FAMILIES
 from torch import nn
 
 from distill.adapters import AttentionGuidance, remove_hooks, sinusoid
-from distill.adapters.additions import AttentionAddition, ScaleEmbedding
+from distill.adapters.additions import AttentionAddition, ScaleEmbedding, places
 from distill.adapters.base import Values
 from distill.ema import EMA, DecayAveraging
 from distill.networks.families import FAMILIES as NETWORKS
@@ -79,6 +79,21 @@ def test_attention_is_over_scale_time_and_conditions(heads):
         scores = query @ key.transpose(1, 2) / len(own) ** 0.5
         answers.append(scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1) @ value)
     torch.testing.assert_close(part.tokens(x), part.out(torch.cat(answers, -1)))
+
+
+@pytest.mark.parametrize(("family", "names"), [("dit", ("scale", "time", "label")), ("sd15", ("scale", "time"))])
+def test_joint_tokens_are_an_mlp_of_all_embeddings_and_stand_in_their_place(family, names):
+    net = network(family)
+    adapter = moved(net.add_adapter(AttentionGuidance(width=12, tokens=5, embedding_width=6)))
+    call(net, family)
+    told, block = values(adapter), next(iter(adapter.blocks.values()))
+    together = adapter.joint.layers(torch.cat([told[name][:, 0] for name in names], 1)).reshape(2, 5, 6)
+    asked = torch.cat([together, *(told[name] for name in ("prompt",) if name in told)], 1)
+    asked = asked + sinusoid(torch.arange(float(asked.shape[1])), 6)
+    x = torch.randn(2, 4, block.query.in_features)
+    query, key, value = (layer(tokens) for layer, tokens in zip(layers(block), (x, asked, asked), strict=True))
+    answer = (query @ key.transpose(1, 2) / 12**0.5).softmax(-1) @ value
+    torch.testing.assert_close(block.tokens(x), block.out(answer))
 
 
 def layers(part: AttentionAddition) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
@@ -165,12 +180,46 @@ def test_maps_are_read_and_written_row_by_row():
     assert x.shape[2:] == (4, 4)
 
 
+def test_places_are_the_cosine_basis_of_both_axes():
+    """At half steps the cosines are orthogonal, ``sum_i cos cos = n/2``; a row's place does not say the column."""
+    basis = places(4, 6, 3, torch.device("cpu")).reshape(4, 6, 6)
+    rows, columns = basis[:, 0, :3], basis[0, :, 3:]
+    torch.testing.assert_close(rows.T @ rows, 2 * torch.eye(3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(columns.T @ columns, 3 * torch.eye(3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(basis[2, 5], torch.cat([rows[2], columns[5]]))
+    torch.testing.assert_close(rows[0], torch.tensor([torch.pi * k / 8 for k in (1, 2, 3)]).cos())
+
+
+def test_a_token_of_a_map_asks_with_its_place():
+    """Behind the normalised channels; a map that is the same everywhere is then not added to alike."""
+    net = network("ddpm")
+    adapter = moved(net.add_adapter(AttentionGuidance(width=8, targets=["conv_out"], positions=2)))
+    call(net, "ddpm")
+    block, module = adapter.blocks["conv_out"], net.model.conv_out
+    x = torch.arange(8.0)[None, :, None, None].expand(2, 8, 8, 8)
+    with torch.no_grad():
+        added = block.add(module, (x,), {}, torch.zeros(2, 1, 8, 8))
+        channels = nn.functional.layer_norm(x[:, :, 3, 6], (8,))
+        token = torch.cat([channels, places(8, 8, 2, x.device)[3 * 8 + 6].expand(2, -1)], 1)
+        torch.testing.assert_close(added[:, :, 3, 6], block.tokens(token[:, None])[:, 0])
+    assert added[0].unique().numel() > 32
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("target", ["resnets.0", "conv_out"])
 def test_residual_blocks_and_convolutions_can_be_targets(kind, target):
     net = network("ddpm")
     plain = call(net, "ddpm")
     adapter = net.add_adapter(AttentionGuidance(kind, 8, targets=[target]))
+    assert torch.equal(call(net, "ddpm"), plain)
+    moved(adapter)
+    assert not torch.isclose(call(net, "ddpm"), plain).all()
+
+
+def test_joint_tokens_and_places_have_no_effect_at_first():
+    net = network("ddpm")
+    plain = call(net, "ddpm")
+    adapter = net.add_adapter(AttentionGuidance(width=8, targets=["resnets.0", "attentions.0"], tokens=3, positions=2))
     assert torch.equal(call(net, "ddpm"), plain)
     moved(adapter)
     assert not torch.isclose(call(net, "ddpm"), plain).all()
@@ -219,14 +268,15 @@ def hooks(model: nn.Module) -> list[Any]:
     return [hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).items()]
 
 
+@pytest.mark.parametrize("tokens", [None, 3])
 @pytest.mark.parametrize("family", ["dit", "sd15"])
-def test_checkpointed_activations_give_the_same_gradients(family):
+def test_checkpointed_activations_give_the_same_gradients(family, tokens):
     gradients = []
     for checkpointed in (False, True):
         net = network(family).requires_grad_(False).train()
         net.add_scalar_input("guidance")
         torch.manual_seed(0)
-        adapter = moved(net.add_adapter(AttentionGuidance(width=8)))
+        adapter = moved(net.add_adapter(AttentionGuidance(width=8, tokens=tokens)))
         if checkpointed:
             net.model.enable_gradient_checkpointing()
         call(net, family, graph=True).square().mean().backward()
@@ -286,7 +336,14 @@ def test_bad_settings_are_named():
         AttentionGuidance(width=9)
     with pytest.raises(ValueError, match="frequency=0.0"):
         AttentionGuidance(frequency=0.0)
+    for key, value in {"tokens": 0, "embedding_width": 5, "positions": -1}.items():
+        with pytest.raises(ValueError, match=f"{key}={value}: give"):
+            AttentionGuidance(**{key: value})
+        with pytest.raises(ValueError, match=f"{key}=4: the additive kind asks no tokens"):
+            AttentionGuidance("additive", **{key: 4})
     net = network("dit")
+    with pytest.raises(ValueError, match="adapter.positions=2: transformer_blocks.0.attn1 reads a sequence"):
+        net.add_adapter(AttentionGuidance(positions=2))
     with pytest.raises(ValueError, match=r"adapter.targets=\['attn7'\]"):
         net.add_adapter(AttentionGuidance(targets=["attn1", "attn7"]))
     with pytest.raises(ValueError, match="transformer_blocks.0.norm1 is a AdaLayerNormZero"):

@@ -47,7 +47,7 @@ def write_digits_teachers() -> None:
     """Untrained networks of the right kind where the digits recipes find their teachers, and the classifier."""
     torch.manual_seed(0)
     network = UNet2D(num_classes=10, channels=(32, 64), layers_per_block=1)
-    for name in ("teacher", "reflow"):
+    for name in ("teacher", "teacher_wide", "reflow"):
         save_denoiser(NetworkDenoiser(network, RectifiedFlow(), "flow"), f"runs/digits/{name}/export")
     ConvClassifier().save("runs/digits/classifier/export")
 

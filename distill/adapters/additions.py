@@ -37,16 +37,40 @@ class ScaleEmbedding(nn.Module):
         return self.layers((2 * math.pi * turns).cos().to(next(self.layers.parameters()).dtype))
 
 
-class Addition(nn.Module):
-    """One part: its hook adds what it makes of a module's input and the values of the call to the module's output."""
+class JointTokens(nn.Module):
+    """Tokens that an MLP makes of several embeddings together: ``(b, 1, parts width)`` to ``(b, count, width)``."""
 
-    def __init__(self, call: Values):
+    def __init__(self, parts: int, width: int, count: int):
         super().__init__()
-        # The adapter's own dictionary, also in a copy of both.
-        self.call = call
+        self.count = count
+        self.layers = nn.Sequential(nn.Linear(parts * width, 4 * width), nn.SiLU(), nn.Linear(4 * width, count * width))
+
+    def forward(self, told: Tokens) -> Added:
+        return self.layers(told[:, 0]).unflatten(1, (self.count, -1))
+
+
+def places(height: int, width: int, count: int, device: torch.device) -> Float[Tensor, "n k"]:
+    """``cos(pi k (i + 1/2) / n)``, k = 1 ... count, of the rows and then of the columns of a map: ``(height width, 2 count)``."""
+    order = torch.arange(1, count + 1, device=device)
+    rows, columns = (((torch.arange(n, device=device) + 0.5) / n)[:, None] * math.pi * order for n in (height, width))
+    both = torch.cat([rows[:, None].expand(-1, width, -1), columns.expand(height, -1, -1)], 2)
+    return both.cos().flatten(0, 1)
+
+
+class Addition(nn.Module):
+    """One part: its hook adds what it makes of a module's input and the values of the call to the module's output.
+
+    Args:
+        call: the adapter's own dictionary, also in a copy of both.
+        positions: cosines of each axis that follow the channels of a map's tokens.
+    """
+
+    def __init__(self, call: Values, positions: int = 0):
+        super().__init__()
+        self.call, self.positions = call, positions
 
     def tokens(self, x: Tokens) -> Added:
-        """``(b, n or 1, channels of the output)`` for tokens ``(b, n, channels of the input)``."""
+        """``(b, n or 1, channels of the output)`` for tokens ``(b, n, channels of the input, and places)``."""
         raise NotImplementedError
 
     def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -55,7 +79,10 @@ class Addition(nn.Module):
         x = first_argument(args, kwargs, "hidden_states" if "hidden_states" in kwargs else "input_tensor")
         if is_map := x.ndim == 4:
             # Tokens of transformers come normalised, a U-Net's maps do not.
+            size = x.shape[2:]
             x = F.layer_norm(x.flatten(2).transpose(1, 2).float(), x.shape[1:2])
+            if self.positions:
+                x = torch.cat([x, places(*size, self.positions, x.device).expand(len(x), -1, -1)], 2)
         added = self.tokens(x).to(image.dtype)
         if is_map:
             added = added.transpose(1, 2)
@@ -64,19 +91,39 @@ class Addition(nn.Module):
 
 
 class AttentionAddition(Addition):
-    """Tokens ask ``[w, t, class or prompt ...]``."""
+    """Tokens ask ``[w, t, class or prompt ...]``, or what `JointTokens` made of the first three.
 
-    def __init__(self, inputs: int, outputs: int, width: int, call: Values, heads: int = 1):
-        super().__init__(call)
-        self.heads = heads
-        self.query, self.key, self.value = (nn.Linear(size, width, bias=False) for size in (inputs, width, width))
+    Args:
+        inputs, outputs: channels of the module.
+        width: of queries, keys and values.
+        call: values of the present call.
+        heads: divides ``width``.
+        embedding: width of what is asked; None for ``width``.
+        positions: see `Addition`.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        width: int,
+        call: Values,
+        heads: int = 1,
+        embedding: int | None = None,
+        positions: int = 0,
+    ):
+        super().__init__(call, positions)
+        self.heads, asked = heads, embedding or width
+        sizes = (inputs + 2 * positions, asked, asked)
+        self.query, self.key, self.value = (nn.Linear(size, width, bias=False) for size in sizes)
         for layer in (self.query, self.key, self.value):
             nn.init.xavier_uniform_(layer.weight)
         self.out = zeroed(nn.Linear(width, outputs))
 
     def tokens(self, x: Tokens) -> Added:
         call = self.call
-        asked = torch.cat([call[name] for name in ("scale", "time", "label", "prompt") if name in call], dim=1)
+        names = ("joint", "prompt") if "joint" in call else ("scale", "time", "label", "prompt")
+        asked = torch.cat([call[name] for name in names if name in call], dim=1)
         count, width = asked.shape[1:]
         asked = asked + sinusoid(torch.arange(float(count), device=asked.device), width).to(asked.dtype)
         mask = None

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import nn
 
-from distill.adapters.additions import AttentionAddition, BiasAddition, Rows, ScaleEmbedding
+from distill.adapters.additions import Addition, AttentionAddition, BiasAddition, JointTokens, Rows, ScaleEmbedding
 from distill.adapters.base import Adapter, AttachedAdapter, find_modules, key_of, required
 from distill.types import Cond, Sample, Time
 
@@ -40,6 +40,11 @@ class AttentionGuidance(Adapter):
             additive one has 1000, at which features of two drawn scales have nothing in common.
         heads: of kind ``attention``; 1 in the paper. With the three tokens of a class-conditional network each head moves the
             image's tokens along two directions only.
+        tokens: how many tokens an MLP makes of w, t and class together, in the place of one for each; None for the paper's.
+            Of kind ``attention``, as are the following two.
+        embedding_width: of the embeddings of w, t, class and prompt, an even number; None for ``width``.
+        positions: cosines of each axis by which an image's token asks with its place too, ``cos(pi k (i + 1/2) / n)`` with k up
+            to this number. For maps: tokens of transformers hold their places. (The published code has learned ones.)
     """
 
     name: ClassVar[str] = "attention_guidance"
@@ -49,10 +54,22 @@ class AttentionGuidance(Adapter):
     targets: list[str] | None = None
     frequency: float = 1.0
     heads: int = 1
+    tokens: int | None = None
+    embedding_width: int | None = None
+    positions: int = 0
 
     def __post_init__(self) -> None:
-        if self.width < 4 or self.width % 2:
-            raise ValueError(f"width={self.width}: give an even number of at least 4.")
+        for name in ("width", "embedding_width"):
+            value = getattr(self, name)
+            if value is not None and (value < 4 or value % 2):
+                raise ValueError(f"{name}={value}: give an even number of at least 4.")
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"tokens={self.tokens}: give a positive number, or null for one each of scale, time and class.")
+        if self.positions < 0:
+            raise ValueError(f"positions={self.positions}: give a number of cosines, or 0 for none.")
+        for name, usual in (("tokens", None), ("embedding_width", None), ("positions", 0)):
+            if self.kind == "additive" and (value := getattr(self, name)) != usual:
+                raise ValueError(f"{name}={value}: the additive kind asks no tokens; leave it out, or set kind to attention.")
         if self.heads < 1 or self.width % self.heads:
             raise ValueError(f"heads={self.heads}: give a number of heads that divides width={self.width}.")
         if self.frequency <= 0:
@@ -71,7 +88,12 @@ class AttachedGuidance(AttachedAdapter):
         super().__init__(settings)
         found = find_modules(network, settings.targets, network.guidance_targets, "adapter.targets")
         sizes = {path: channels(path, module) for path, module in found.items()}
-        width = settings.width
+        if settings.positions and (sequences := [path for path, module in found.items() if not reads_maps(module)]):
+            raise ValueError(
+                f"adapter.positions={settings.positions}: {sequences[0]} reads a sequence, whose tokens hold their places; "
+                "set it to 0, or name targets that read maps."
+            )
+        width = settings.embedding_width or settings.width
         self.scale = ScaleEmbedding(width, settings.frequency)
         embedding = network.time_embedding()[0]
         self.time = nn.Linear(embedding.linear_2.out_features, width)
@@ -82,12 +104,21 @@ class AttachedGuidance(AttachedAdapter):
             self.after(classes[0], self._keep_label)
         if "prompt_embeds" in network.widths:
             self.prompt = nn.Linear(network.widths["prompt_embeds"], width)
-        part = partial(AttentionAddition, heads=settings.heads) if settings.kind == "attention" else BiasAddition
+        self.joint = None
+        if settings.tokens is not None:
+            self.joint = JointTokens(2 if self.label is None else 3, width, settings.tokens)
         self.blocks = nn.ModuleDict()
         for path, size in sizes.items():
-            block = part(*size, width, self.call)
+            block = self._part(size, width)
             self.blocks[key_of(path)] = block
             self.after(found[path], block.add)
+
+    def _part(self, size: tuple[int, int], embedding: int) -> Addition:
+        """What stands beside a module of so many input and output channels."""
+        settings: Any = self.settings
+        if settings.kind == "additive":
+            return BiasAddition(*size, embedding, self.call)
+        return AttentionAddition(*size, settings.width, self.call, settings.heads, embedding, settings.positions)
 
     def read(self, x: Sample, time: Time, cond: Cond) -> None:
         self.call.clear()
@@ -99,10 +130,23 @@ class AttachedGuidance(AttachedAdapter):
 
     def _keep_time(self, module: nn.Module, args: Any, kwargs: Any, output: Rows) -> None:
         self.call["time"] = self.time(output.to(self.time.weight.dtype))[:, None]
+        if self.label is None:
+            self._join("scale", "time")
 
     def _keep_label(self, module: nn.Module, args: Any, kwargs: Any, output: Rows) -> None:
         assert self.label is not None
         self.call["label"] = self.label(output.to(self.label.weight.dtype))[:, None]
+        # Networks embed the class after the time.
+        self._join("scale", "time", "label")
+
+    def _join(self, *names: str) -> None:
+        if self.joint is not None:
+            self.call["joint"] = self.joint(torch.cat([self.call[name] for name in names], 2))
+
+
+def reads_maps(module: Any) -> bool:
+    """Whether the input of an attention, a residual block or a convolution is ``(b, c, h, w)``, not ``(b, n, c)``."""
+    return not hasattr(module, "to_q") or module.group_norm is not None
 
 
 def channels(path: str, module: Any) -> tuple[int, int]:
