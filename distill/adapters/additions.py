@@ -50,7 +50,7 @@ class JointTokens(nn.Module):
 
 
 def places(height: int, width: int, count: int, device: torch.device) -> Float[Tensor, "n k"]:
-    """``cos(pi k (i + 1/2) / n)``, k = 1 ... count, of the rows and then of the columns of a map: ``(height width, 2 count)``."""
+    """``cos(pi k (i + 1/2) / n)``, k = 1 ... count, of a map's rows and then of its columns: ``(height width, 2 count)``."""
     order = torch.arange(1, count + 1, device=device)
     rows, columns = (((torch.arange(n, device=device) + 0.5) / n)[:, None] * math.pi * order for n in (height, width))
     both = torch.cat([rows[:, None].expand(-1, width, -1), columns.expand(height, -1, -1)], 2)
@@ -79,10 +79,10 @@ class Addition(nn.Module):
         x = first_argument(args, kwargs, "hidden_states" if "hidden_states" in kwargs else "input_tensor")
         if is_map := x.ndim == 4:
             # Tokens of transformers come normalised, a U-Net's maps do not.
-            size = x.shape[2:]
+            height, width = x.shape[2:]
             x = F.layer_norm(x.flatten(2).transpose(1, 2).float(), x.shape[1:2])
             if self.positions:
-                x = torch.cat([x, places(*size, self.positions, x.device).expand(len(x), -1, -1)], 2)
+                x = torch.cat([x, places(height, width, self.positions, x.device).expand(len(x), -1, -1)], 2)
         added = self.tokens(x).to(image.dtype)
         if is_map:
             added = added.transpose(1, 2)
