@@ -30,7 +30,7 @@ class AttentionGuidance(Adapter):
 
     Attributes:
         kind: ``attention`` or ``additive``.
-        width: of keys, values and embeddings; an even number.
+        width: of queries, keys and values; an even number.
         targets: ends of the paths of the modules that are added to: attentions, or a U-Net's residual blocks and convolutions
             that keep the size of their maps. None for the self-attentions of transformers and of ``UNet2DModel``, the cross-
             attentions of ``UNet2DConditionModel``. Where image and prompt are one sequence (Flux' single blocks) all of it is
@@ -67,8 +67,8 @@ class AttentionGuidance(Adapter):
             raise ValueError(f"tokens={self.tokens}: give a positive number, or null for one each of scale, time and class.")
         if self.positions < 0:
             raise ValueError(f"positions={self.positions}: give a number of cosines, or 0 for none.")
-        for name, usual in (("tokens", None), ("embedding_width", None), ("positions", 0)):
-            if self.kind == "additive" and (value := getattr(self, name)) != usual:
+        for name in ("tokens", "embedding_width", "positions"):
+            if self.kind == "additive" and (value := getattr(self, name)):
                 raise ValueError(f"{name}={value}: the additive kind asks no tokens; leave it out, or set kind to attention.")
         if self.heads < 1 or self.width % self.heads:
             raise ValueError(f"heads={self.heads}: give a number of heads that divides width={self.width}.")
@@ -104,9 +104,8 @@ class AttachedGuidance(AttachedAdapter):
             self.after(classes[0], self._keep_label)
         if "prompt_embeds" in network.widths:
             self.prompt = nn.Linear(network.widths["prompt_embeds"], width)
-        self.joint = None
-        if settings.tokens is not None:
-            self.joint = JointTokens(2 if self.label is None else 3, width, settings.tokens)
+        self.told = ("scale", "time") if self.label is None else ("scale", "time", "label")
+        self.joint = None if settings.tokens is None else JointTokens(len(self.told), width, settings.tokens)
         self.blocks = nn.ModuleDict()
         for path, size in sizes.items():
             block = self._part(size, width)
@@ -131,17 +130,21 @@ class AttachedGuidance(AttachedAdapter):
     def _keep_time(self, module: nn.Module, args: Any, kwargs: Any, output: Rows) -> None:
         self.call["time"] = self.time(output.to(self.time.weight.dtype))[:, None]
         if self.label is None:
-            self._join("scale", "time")
+            self._join()
 
     def _keep_label(self, module: nn.Module, args: Any, kwargs: Any, output: Rows) -> None:
         assert self.label is not None
         self.call["label"] = self.label(output.to(self.label.weight.dtype))[:, None]
-        # Networks embed the class after the time.
-        self._join("scale", "time", "label")
+        self._join()
 
-    def _join(self, *names: str) -> None:
+    def _join(self) -> None:
+        """Makes the joint tokens, after the last of what they are made of (networks embed the class after the time).
+
+        Once, and not when all is there: DiT's first block embeds time and class, and where its activations are checkpointed it
+        is computed again beside the values of the first time, which must make no difference.
+        """
         if self.joint is not None:
-            self.call["joint"] = self.joint(torch.cat([self.call[name] for name in names], 2))
+            self.call["joint"] = self.joint(torch.cat([self.call[name] for name in self.told], 2))
 
 
 def reads_maps(module: Any) -> bool:
